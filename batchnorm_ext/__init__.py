@@ -1,0 +1,35 @@
+"""Fused, accurate batch normalization for PyTorch.
+
+    import batchnorm_ext
+    model = batchnorm_ext.convert(model)   # every nn.BatchNorm* in it now runs on the fused kernels
+
+``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes, ``functional.batch_norm`` for the
+function, ``revert`` undoes ``convert``, ``show_config`` tells how the library was built.
+"""
+
+from batchnorm_ext import functional
+from batchnorm_ext._ops import show_config
+from batchnorm_ext.convert import convert, revert
+from batchnorm_ext.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "convert",
+    "functional",
+    "revert",
+    "show_config",
+]

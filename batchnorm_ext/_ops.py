@@ -1,0 +1,146 @@
+"""Loads the compiled operators, gives them their fake kernels and says which inputs they take."""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as _functorch_active
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+logger = logging.getLogger("batchnorm_ext")
+
+
+def _load() -> str:
+    """Load the operators and the CPU kernels for this machine; return the name of their instruction set."""
+    try:
+        from batchnorm_ext import _build
+    except ImportError:
+        raise ImportError(
+            "batchnorm_ext is not built: run `pip install --no-build-isolation .` in its source directory"
+        ) from None
+    built, found = (".".join(v.split(".")[:2]) for v in (_build.TORCH, torch.__version__))
+    if built != found:
+        raise ImportError(
+            f"batchnorm_ext was built for torch {built} and cannot be loaded by torch {torch.__version__}: "
+            "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        )
+    from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
+
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    for name in (capability, "default"):
+        spec = importlib.util.find_spec(f"batchnorm_ext._cpu_{name}")
+        if spec is not None:
+            torch.ops.load_library(spec.origin)
+            break
+    cuda = importlib.util.find_spec("batchnorm_ext._cuda")
+    if cuda is not None:
+        torch.ops.load_library(cuda.origin)
+    return name
+
+
+_instruction_set = _load()
+
+batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+
+# Integers are among them because the operator's own error for them is the clear one.
+_DTYPES = frozenset(
+    (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+)
+_DEVICES = frozenset(("cpu", "meta"))
+
+
+def takes(input: Tensor) -> bool:
+    """Whether the operators take this input here and now; if not, torch's own function is to be used."""
+    if (
+        type(input) in (Tensor, nn.Parameter)
+        and input.dtype in _DTYPES
+        and input.layout is torch.strided
+        and input.device.type in _DEVICES
+        and not _functorch_active()
+        and forward_ad._current_level < 0
+    ):
+        return True
+    reason = _refusal(input)
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
+
+
+def _refusal(input: Tensor) -> str | None:
+    if _functorch_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode automatic differentiation is active"
+    if input.layout is not torch.strided:
+        return f"layout {input.layout}"
+    if input.dtype not in _DTYPES:
+        return f"dtype {input.dtype}"
+    if input.device.type not in _DEVICES:
+        return f"device {input.device.type}"
+    if _dispatches_in_python(input) and not isinstance(input, FakeTensor | FunctionalTensor):
+        return f"tensor subclass {type(input).__qualname__}"
+    return None
+
+
+def _dispatches_in_python(input: Tensor) -> bool:
+    return type(input).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.debug("using torch's own batch normalization: %s", reason)
+
+
+def show_config() -> str:
+    """Describe the build: versions, compiler, the instruction set in use, CUDA architectures.
+
+    Example::
+
+        >>> print(batchnorm_ext.show_config())
+        batchnorm_ext 0.1.0
+        built for torch 2.13.0+cpu, loaded by torch 2.13.0+cpu
+        ...
+    """
+    import batchnorm_ext
+    from batchnorm_ext import _C, _build
+
+    cuda = f"{_build.CUDA}, architectures {_build.CUDA_ARCHITECTURES}" if _build.CUDA else "not built"
+    return (
+        f"batchnorm_ext {batchnorm_ext.__version__}\n"
+        f"built for torch {_build.TORCH}, loaded by torch {torch.__version__}\n"
+        f"compiler: {_C.compiler}\n"
+        f"CPU kernels: {_instruction_set}\n"
+        f"CUDA kernels: {cuda}"
+    )
+
+
+@torch.library.register_fake("batchnorm_ext::batch_norm")
+def _(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
+    _check_devices(x, weight, bias, running_mean, running_var, num_batches_tracked)
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchnorm_ext::batch_norm_backward")
+def _(dy, x, weight, stats, training, output_mask):
+    dx = torch.empty_like(x) if output_mask[0] else None
+    if weight is not None:
+        parameter = weight.new_empty(weight.shape)
+    else:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parameter = x.new_empty((x.shape[1],), dtype=dtype)
+    dweight = torch.empty_like(parameter) if output_mask[1] else None
+    dbias = parameter.new_empty((x.shape[1],)) if output_mask[2] else None
+    return dx, dweight, dbias
+
+
+def _check_devices(x, *tensors):
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(
+                f"batch_norm: expected all tensors to be on the device of input, {x.device}, got {tensor.device}"
+            )

@@ -1,0 +1,81 @@
+"""Switching the batch normalization layers of an existing model over to this library, and back."""
+
+import warnings
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from batchnorm_ext import modules
+
+__all__ = ["convert", "revert"]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_OURS = {getattr(nn, name): getattr(modules, name) for name in modules.__all__}
+_NATIVE = {ours: native for native, ours in _OURS.items()}
+
+
+def convert(module: Module) -> Module:
+    """Make every ``nn.BatchNorm1d/2d/3d`` in ``module`` (itself included), lazy or not, run on the fused kernels.
+
+    In place and lossless: only the class of each layer changes. The module objects, their parameters and buffers
+    (shared ones stay shared), hooks, training flags, dtypes, devices and parametrizations are untouched, and an
+    optimizer that holds the parameters goes on. Only the exact ``torch.nn`` types are converted: a subclass may have
+    its own ``forward`` and is left as it is.
+
+    Args:
+        module: any module; converting twice is harmless.
+
+    Returns:
+        ``module``.
+
+    Warns:
+        UserWarning: names the layers that derive from a batch normalization class and were left as they are.
+
+    Example::
+
+        >>> model = batchnorm_ext.convert(torchvision.models.resnet50())
+    """
+    skipped = _swap(module, _OURS)
+    if skipped:
+        warnings.warn(
+            "batchnorm_ext.convert left these layers as they are, because they are subclasses and may compute something "
+            "else: " + ", ".join(skipped),
+            stacklevel=2,
+        )
+    return module
+
+
+def revert(module: Module) -> Module:
+    """Undo :func:`convert`: make every layer of this library in ``module`` the ``torch.nn`` layer it stands for.
+
+    In place and as lossless as :func:`convert`; subclasses of this library's layers are left alone.
+
+    Args:
+        module: any module, converted or built with this library's classes.
+
+    Returns:
+        ``module``.
+
+    Example::
+
+        >>> torch.save(batchnorm_ext.revert(model), "model.pt")   # loads where batchnorm_ext is not installed
+    """
+    _swap(module, _NATIVE)
+    return module
+
+
+def _swap(module: nn.Module, classes: dict[type, type]) -> list[str]:
+    """Change classes by the table; return the subclasses that were left, as ``name (Class)``."""
+    skipped = []
+    for name, layer in module.named_modules():
+        kind = type(layer)
+        if kind in classes:
+            layer.__class__ = classes[kind]
+        elif parametrize.is_parametrized(layer) and kind.__base__ in classes:
+            # register_parametrization gave this layer a class of its own, which holds the parametrized properties
+            layer.__class__ = type(kind.__name__, (classes[kind.__base__],), dict(kind.__dict__))
+        elif isinstance(layer, tuple(classes)) and not isinstance(layer, tuple(classes.values())):
+            skipped.append(f"{name or 'the module itself'} ({kind.__qualname__})")
+    return skipped

@@ -1,0 +1,77 @@
+"""The one table of benchmark cases: every BatchNorm layer of two networks, and odd shapes."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from networks import NETWORKS
+
+GROUPS = (*NETWORKS, "odd")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUTS = ("nchw", "nhwc")
+
+# Overhead-bound, 2-D, 3-D and 5-D inputs, odd extents, few and many channels, HW of 1.
+ODD = [
+    (8, 16, 8, 8),
+    (32, 64),
+    (256, 1000),
+    (4096, 64),
+    (1, 64, 56, 56),
+    (4, 17, 13, 13),
+    (8, 3, 255, 255),
+    (2, 3, 224, 224),
+    (16, 32, 512),
+    (2, 16, 16, 32, 32),
+    (64, 2048, 1, 1),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input shape, and how many layers of each network have it."""
+
+    shape: tuple[int, ...]
+    layers: dict[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(self.layers) or ("odd",)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """One layout where the two are the same memory: `(N, C)`, and a single position."""
+        return LAYOUTS if prod(self.shape[2:]) > 1 else LAYOUTS[:1]
+
+
+def to_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """x in memory order N, C, *spatial ("nchw") or N, *spatial, C ("nhwc"), at the same shape."""
+    if layout == "nchw":
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def layer_shapes(network: nn.Module, batch: int = 32, size: int = 224) -> Counter:
+    """Input shape of every BatchNorm layer -> number of layers, from a run on the meta device."""
+    shapes: Counter = Counter()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(lambda _, args: shapes.update([tuple(args[0].shape)]))
+    network.to("meta")(torch.empty(batch, 3, size, size, device="meta"))
+    return shapes
+
+
+@cache
+def all_cases() -> list[Case]:
+    """Every case once: layers in the order of the networks, then the odd shapes."""
+    layers: dict[tuple[int, ...], dict[str, int]] = {}
+    for name, build in NETWORKS.items():
+        with torch.device("meta"):
+            network = build()
+        for shape, count in layer_shapes(network).items():
+            layers.setdefault(shape, {})[name] = count
+    return [Case(shape, counts) for shape, counts in layers.items()] + [Case(s) for s in ODD]

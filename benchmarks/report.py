@@ -1,0 +1,95 @@
+"""Writes measured tables into the README, between markers that name them.
+
+    python benchmarks/report.py layers.json mapped.json steps.json
+
+Each `<!-- bench:NAME:begin -->` ... `<!-- bench:NAME:end -->` in the README whose table the given
+files hold is replaced; a missing marker leaves that table out. Several files of one kind (say,
+one dtype each) are joined.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from networks import NETWORKS
+from results import copy_verdicts, layer_verdicts, load, step_verdicts
+from tables import mapped_table, shapes_table, step_table, summary_table, verdict_table
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def join(files: Iterable[dict]) -> tuple[dict, dict[str, list]]:
+    """The one environment of all files, and the rows by kind of file."""
+    environments, rows = [], {"layers": [], "mapped": [], "steps": []}
+    for file in files:
+        if file["settings"].get("quick"):
+            raise SystemExit("a --quick run is a smoke test, not a measurement")
+        environments.append(file["environment"])
+        rows[file["kind"]] += file["rows"]
+    first = environments[0]
+    for other in environments[1:]:
+        if differing := [key for key in first if key != "date" and first[key] != other[key]]:
+            raise SystemExit(f"the files differ in {', '.join(differing)}: one table, one machine")
+    return first, rows
+
+
+def environment_sentence(machine: dict) -> str:
+    return (
+        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} "
+        f"threads, transparent huge pages: {machine['huge pages']}; torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}."
+    )
+
+
+def blocks(files: Iterable[dict]) -> dict[str, str]:
+    """Marker name -> markdown."""
+    machine, rows = join(files)
+    result = {"environment": environment_sentence(machine)}
+    verdicts = []
+    if layers := rows["layers"]:
+        result["summary"] = summary_table(layers).markdown()
+        for network in NETWORKS:
+            result[network] = shapes_table(layers, network).markdown()
+        verdicts += layer_verdicts(layers)
+    if mapped := rows["mapped"]:
+        result["mapped"] = mapped_table(mapped).markdown()
+        verdicts += copy_verdicts(mapped)
+    if steps := rows["steps"]:
+        result["steps"] = step_table(steps).markdown()
+        verdicts += step_verdicts(steps)
+    return result | {"musts": verdict_table(verdicts).markdown()}
+
+
+def fill(text: str, blocks: dict[str, str]) -> tuple[str, list[str]]:
+    """The text with every marked block replaced, and the names of those found."""
+    found = []
+    for name, block in blocks.items():
+        begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        text, count = pattern.subn(lambda _, new=f"{begin}\n{block}\n{end}": new, text)
+        found += [name] * bool(count)
+    return text, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="written by --json")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--print", action="store_true", help="print the tables instead")
+    args = parser.parse_args()
+    tables = blocks(load(path) for path in args.files)
+    if args.print:
+        print("\n\n".join(f"{name}\n\n{block}" for name, block in tables.items()))
+        return
+    text, found = fill(args.readme.read_text(), tables)
+    if not found:
+        raise SystemExit(f"{args.readme.name} has none of the markers of {', '.join(tables)}")
+    args.readme.write_text(text)
+    print(f"{args.readme.name}: wrote {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    main()

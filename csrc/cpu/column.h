@@ -1,0 +1,147 @@
+// Column pattern: the elements of a channel are scattered in short runs (NHWC, (N, C), NCHW with a tiny image), so the
+// lanes run along memory, across channels, and each lane reduces downwards. `fold` short memory rows are taken as one
+// wide row where that makes the row a whole number of vectors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../geometry.h"
+#include "moments.h"
+
+namespace batchnorm_ext::cpu {
+
+template <typename T>
+class Column {
+  using A = Acc<T>;
+  static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t kColumns = 2048;  // of a block: its accumulators stay in the nearest caches
+  static constexpr int64_t kFoldable = 512;  // rows at least this wide lose little to a ragged last vector
+  static constexpr int64_t kMinRows = 128;   // of a chunk: what makes the folding of its lanes cheap
+  static constexpr int64_t kChunk = 131072;  // elements
+  static constexpr int64_t kMaxChunks = 256;
+
+ public:
+  explicit Column(const Geometry& geometry) : g(geometry) {
+    const int64_t narrow = g.stats * g.inner;
+    while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
+    stats_per_block = fold > 1 ? g.stats : std::max<int64_t>(1, std::min(g.stats, kColumns / g.inner));
+    rows = g.outer / fold;
+    const int64_t columns = stats_per_block * g.inner * fold;
+    rows_per_chunk = std::max({kMinRows, kChunk / columns, (rows + kMaxChunks - 1) / kMaxChunks});
+    rows_per_chunk = (rows_per_chunk + kTile - 1) / kTile * kTile;
+    full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  }
+
+  int64_t blocks() const { return (g.stats + stats_per_block - 1) / stats_per_block; }
+  int64_t chunks() const { return full_chunks + (g.outer % fold != 0); }
+  int64_t first(int64_t block) const { return block * stats_per_block; }
+  int64_t width(int64_t block) const { return std::min(stats_per_block, g.stats - first(block)); }
+
+  double count(int64_t chunk) const {
+    const Span s = span(0, chunk);
+    return static_cast<double>(s.rows * s.folded * g.inner);
+  }
+
+  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2) const {
+    const Span s = span(block, chunk);
+    LaneMoments<A> lanes[kColumns / L + 1];
+    const int64_t whole = s.columns / L, rest = s.columns % L;
+    const T* row = x + s.offset;
+    for (int64_t r = 0; r < s.rows; r += kFirstTile, row += kFirstTile * stride()) {
+      const int64_t tile = std::min(kFirstTile, s.rows - r);
+      for (int64_t j = 0; j < whole; ++j) lanes[j].template add<false>(row + j * L, stride(), tile);
+      if (rest) lanes[whole].template add<true>(row + whole * L, stride(), tile, rest);
+    }
+    MomentSets<kColumns + L> sets;
+    for (int64_t j = 0; j * L < s.columns; ++j) sets.take(j * L, lanes[j], std::min(L, s.columns - j * L));
+    const int64_t across = width(block) * g.inner;
+    for (int64_t f = 1; f < s.folded; ++f) sets.join(0, f * across, across);
+    for (int64_t c = 0; c < width(block); ++c) {
+      sets.fold(c * g.inner, g.inner);
+      sets.result(c * g.inner, mean[c], m2[c]);
+      const auto for_each = [&](const auto& visit) {
+        for (int64_t r = 0; r < s.rows; ++r)
+          for (int64_t f = 0; f < s.folded; ++f)
+            for (int64_t i = 0; i < g.inner; ++i)
+              visit(static_cast<double>(x[s.offset + r * stride() + f * across + c * g.inner + i]));
+      };
+      mend_range<T>(count(chunk), for_each, mean[c], m2[c]);
+    }
+  }
+
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum,
+                 double* dot) const {
+    const Span s = span(block, chunk);
+    LaneGradSums<A> lanes[kColumns / L + 1];
+    A spread[kColumns + L];
+    const A* centre = along_columns(mean, block, s, spread);
+    const int64_t whole = s.columns / L, rest = s.columns % L;
+    for (int64_t j = 0; j < whole; ++j) lanes[j].reset(load_block(centre + j * L));
+    if (rest) lanes[whole].reset(load_block(centre + whole * L, rest));
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.rows; r += kFirstTile, at += kFirstTile * stride()) {
+      const int64_t tile = std::min(kFirstTile, s.rows - r);
+      for (int64_t j = 0; j < whole; ++j) lanes[j].template add<false>(dy + at + j * L, x + at + j * L, stride(), tile);
+      if (rest)
+        lanes[whole].template add<true>(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
+    }
+    std::fill_n(sum, width(block), 0.0);
+    std::fill_n(dot, width(block), 0.0);
+    for (int64_t column = 0, c = 0, i = 0; column < s.columns; ++column) {
+      LaneGradSums<A>& lane = lanes[column / L];
+      if (column % L == 0) lane.flush();
+      sum[c] += lane.sum[column % L];
+      dot[c] += lane.dot[column % L];
+      if (++i == g.inner) i = 0, c = c + 1 == width(block) ? 0 : c + 1;
+    }
+  }
+
+  // out = op(coefficients of each channel, in...) over one chunk.
+  template <bool kStream, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, T* out,
+           const In*... in) const {
+    const Span s = span(block, chunk);
+    A spread[Op::kCoefficients][kColumns + L];
+    const A* c[Op::kCoefficients];
+    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread[i]);
+    const auto f = [&](int64_t j, const auto&... v) {
+      Vec<A> at[Op::kCoefficients];
+      for (int i = 0; i < Op::kCoefficients; ++i) at[i] = Vec<A>::loadu(c[i] + j);
+      return op(at, v...);
+    };
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.rows; ++r, at += stride()) transform<kStream>(out + at, s.columns, f, (in + at)...);
+  }
+
+ private:
+  // A chunk of a block: `rows` rows of `columns` elements, stride() apart, each made of `folded` memory rows. What is
+  // left when `fold` does not divide the memory rows is a chunk of its own, of one narrower row.
+  struct Span {
+    int64_t offset, rows, columns, folded;
+  };
+
+  int64_t stride() const { return fold * g.stats * g.inner; }
+
+  Span span(int64_t block, int64_t chunk) const {
+    const int64_t row = std::min(chunk * rows_per_chunk, rows);
+    const int64_t folded = chunk < full_chunks ? fold : g.outer % fold;
+    return {row * stride() + first(block) * g.inner, chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
+            width(block) * g.inner * folded, folded};
+  }
+
+  // One value per column of the block, from one per channel.
+  const A* along_columns(const A* per_channel, int64_t block, const Span& s, A* spread) const {
+    const A* source = per_channel + first(block);
+    if (s.folded == 1 && g.inner == 1) return source;
+    A* to = spread;
+    for (int64_t f = 0; f < s.folded; ++f)
+      for (int64_t c = 0; c < width(block); ++c) to = std::fill_n(to, g.inner, source[c]);
+    return spread;
+  }
+
+  Geometry g;
+  int64_t fold = 1, stats_per_block, rows, rows_per_chunk, full_chunks;
+};
+
+}  // namespace batchnorm_ext::cpu

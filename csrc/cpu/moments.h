@@ -1,0 +1,74 @@
+// From lanes to statistics, in fp64. The order of every sum is fixed by the shape alone, so that results do not depend
+// on the number of threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "lanes.h"
+
+namespace batchnorm_ext::cpu {
+
+// Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).
+template <int64_t kCapacity>
+struct MomentSets {
+  double k[kCapacity], s1[kCapacity], s2[kCapacity], n[kCapacity];
+
+  template <typename A>
+  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) {
+    alignas(64) A buffer[3][kLanes<A>];
+    lanes.k.store(buffer[0]);
+    lanes.s1.store(buffer[1]);
+    lanes.s2.store(buffer[2]);
+    for (int64_t l = 0; l < width; ++l) {
+      k[at + l] = buffer[0][l];
+      s1[at + l] = buffer[1][l];
+      s2[at + l] = buffer[2][l] + lanes.m2[l];
+      n[at + l] = static_cast<double>(lanes.n);
+    }
+  }
+
+  // Sets [into, into + width) take in sets [from, from + width), about their own centres.
+  void join(int64_t into, int64_t from, int64_t width) {
+#pragma GCC ivdep
+    for (int64_t l = 0; l < width; ++l) {
+      const int64_t i = into + l, j = from + l;
+      const double e = k[j] - k[i];
+      s2[i] += s2[j] + e * (2 * s1[j] + n[j] * e);
+      s1[i] += s1[j] + n[j] * e;
+      n[i] += n[j];
+    }
+  }
+
+  // Folds sets [at, at + width) into the first of them, as a tree.
+  void fold(int64_t at, int64_t width) {
+    for (; width > 1; width -= width / 2) join(at, at + width - width / 2, width / 2);
+  }
+
+  void result(int64_t at, double& mean, double& m2) const {
+    const double shift = s1[at] / n[at];
+    const double squares = s2[at] - s1[at] * shift;
+    mean = k[at] + shift;
+    m2 = squares < 0 ? 0 : squares;
+  }
+};
+
+// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, and are rare enough to
+// be summed again in fp64. A constant channel has m2 == 0 and is not affected; nor is one that holds inf or nan.
+template <typename T, typename ForEach>
+void mend_range(double count, const ForEach& for_each, double mean, double& m2) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const bool overflow = !std::isfinite(m2) && std::isfinite(mean);
+    const bool underflow = m2 > 0 && m2 < count * 1e-30;
+    if (!overflow && !underflow) return;
+    double s1 = 0, s2 = 0;
+    for_each([&](double v) {
+      s1 += v - mean;
+      s2 += (v - mean) * (v - mean);
+    });
+    m2 = s2 - s1 * s1 / count;
+  }
+}
+
+}  // namespace batchnorm_ext::cpu

@@ -1,0 +1,243 @@
+// Tensors in, pointers out: the CPU side of the ops. Built once per instruction set.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "../checks.h"
+#include "../geometry.h"
+#include "../layout.h"
+#include "../math.h"
+#include "column.h"
+#include "memory.h"
+#include "per_channel.h"
+#include "row.h"
+#include "schedule.h"
+
+namespace batchnorm_ext::cpu {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Runs of a channel shorter than this are read column by column: several vectors of a run must repay its start.
+constexpr int64_t kRowInner = 64;
+// Outputs from this size on are written past the caches.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+template <typename A, int kCount>
+class CoefficientTable {
+ public:
+  using View = const A* [kCount];
+
+  explicit CoefficientTable(int64_t stats)
+      : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
+    for (int i = 0; i < kCount; ++i) view_[i] = values_.get() + i * pitch_;
+  }
+  A& at(int i, int64_t channel) { return values_[i * pitch_ + channel]; }
+  const View& view() const { return view_; }
+
+ private:
+  int64_t pitch_;  // padded: whole vectors are read from any channel on
+  std::unique_ptr<A[]> values_;
+  View view_;
+};
+
+// y = (x - mean) * scale + shift
+template <typename A>
+struct Normalize {
+  static constexpr int kCoefficients = 3;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
+};
+
+// dx = scale * (dy - (x - mean) * slope - offset)
+template <typename A>
+struct NormalizeGrad {
+  static constexpr int kCoefficients = 4;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
+    return c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]));
+  }
+};
+
+// dx = scale * dy
+template <typename A>
+struct Scale {
+  static constexpr int kCoefficients = 1;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
+};
+
+template <typename T, typename F>
+void with_pattern(const Geometry& geometry, const F& f) {
+  if (geometry.inner >= kRowInner)
+    f(Row<T>(geometry));
+  else
+    f(Column<T>(geometry));
+}
+
+template <typename F>
+void with_streaming(const Tensor& out, const F& f) {
+  if (static_cast<int64_t>(out.nbytes()) >= kStreamBytes)
+    f(std::true_type());
+  else
+    f(std::false_type());
+}
+
+std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                      const OptionalTensor& num_batches_tracked, bool training,
+                                      std::optional<double> momentum, double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+  const Tensor x = dense(input);
+  const int64_t channels = x.size(1);
+  Tensor y = empty_output_like(x);
+  Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
+  double* const mean_out = stats.mutable_data_ptr<double>();
+  double* const invstd_out = mean_out + channels;
+  const PerChannel w = PerChannel::read(weight, 1), b = PerChannel::read(bias, 0);
+  // Evaluation only reads the running statistics, and must not count as a write.
+  const auto tracked = [&](const OptionalTensor& t) { return training ? PerChannel::write(t) : PerChannel::read(t, 0); };
+  const PerChannel tracked_mean = tracked(running_mean), tracked_var = tracked(running_var);
+
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
+    using T = scalar_t;
+    using A = Acc<T>;
+    const T* const in = x.const_data_ptr<T>();
+    T* const out = y.mutable_data_ptr<T>();
+    CoefficientTable<A, 3> table(channels);
+    const auto normalize_with = [&](int64_t c, double mean, double var) {
+      const double invstd = 1 / std::sqrt(var + eps);
+      mean_out[c] = mean;
+      invstd_out[c] = invstd;
+      const Affine<A> affine = make_affine<A>(mean, invstd, w[c], b[c]);
+      table.at(0, c) = affine.mean;
+      table.at(1, c) = affine.scale;
+      table.at(2, c) = affine.shift;
+    };
+    if (!training)
+      for (int64_t c = 0; c < channels; ++c) normalize_with(c, tracked_mean[c], tracked_var[c]);
+    if (x.numel() == 0) {
+      if (training) stats.fill_(std::nan(""));  // no element, no statistics, nothing to track
+      return;
+    }
+    double factor = 0;
+    if (training && num_batches_tracked) {
+      const int64_t batches = ++*num_batches_tracked->mutable_data_ptr<int64_t>();
+      factor = 1.0 / static_cast<double>(batches);
+    }
+    if (momentum) factor = *momentum;
+
+    const Geometry geometry = geometry_of(x);
+    const double count = static_cast<double>(geometry.count());
+    const auto finish = [&](int64_t c, double mean, double m2) {
+      normalize_with(c, mean, m2 / count);
+      if (!running_mean) return;
+      tracked_mean.set(c, (1 - factor) * tracked_mean[c] + factor * mean);
+      tracked_var.set(c, (1 - factor) * tracked_var[c] + factor * (m2 / (count - 1)));
+    };
+    with_pattern<T>(geometry, [&](const auto& pattern) {
+      with_streaming(y, [&](auto streaming) {
+        const Schedule schedule(pattern, channels, x.numel());
+        const auto map = [&](int64_t block, int64_t chunk) {
+          pattern.template map<streaming.value>(block, chunk, Normalize<A>(), table.view(), out, in);
+        };
+        if (!training) return map_all(schedule, map);
+        const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2) {
+          pattern.moments(in, block, chunk, mean, m2);
+        };
+        const auto merge = [](double n, double n2, int64_t width, double* mean, double* m2, const double* mean2,
+                              const double* m22) {
+          for (int64_t c = 0; c < width; ++c) merge_moments(n, n2 / (n + n2), mean[c], m2[c], mean2[c], m22[c]);
+        };
+        reduce_then_map(pattern, schedule, reduce, merge, finish, map);
+      });
+    });
+  });
+  return {std::move(y), std::move(stats)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
+                                                       const OptionalTensor& weight, const Tensor& stats, bool training,
+                                                       std::array<bool, 3> output_mask) {
+  check_backward(grad, input, weight, stats);
+  const Tensor x = dense(input);
+  const Tensor dy = like_layout(grad, x);
+  const int64_t channels = x.size(1);
+  const auto [want_dx, want_dweight, want_dbias] = output_mask;
+  const auto parameter_options =
+      weight ? weight->options() : x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  Tensor dx = want_dx ? empty_output_like(x) : Tensor();
+  Tensor dweight = want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), parameter_options) : Tensor();
+  Tensor dbias = want_dbias ? at::empty({channels}, parameter_options) : Tensor();
+  const PerChannel w = PerChannel::read(weight, 1), dw = PerChannel::write(dweight), db = PerChannel::write(dbias);
+  const double* const mean = stats.const_data_ptr<double>();
+  const double* const invstd = mean + channels;
+  const bool want_sums = want_dweight || want_dbias || (want_dx && training);
+
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_backward", [&] {
+    using T = scalar_t;
+    using A = Acc<T>;
+    const T* const dy_in = dy.const_data_ptr<T>();
+    const T* const x_in = x.const_data_ptr<T>();
+    T* const dx_out = want_dx ? dx.mutable_data_ptr<T>() : nullptr;
+    const Geometry geometry = geometry_of(x);
+    CoefficientTable<A, 4> table(channels);
+    for (int64_t c = 0; c < channels; ++c) table.at(0, c) = static_cast<A>(mean[c]);
+    const auto finish = [&](int64_t c, double sum, double dot) {
+      const GradSums sums = make_grad_sums(sum, dot, mean[c], table.at(0, c), invstd[c]);
+      dw.set(c, sums.dweight);
+      db.set(c, sums.dbias);
+      const GradAffine<A> affine =
+          make_grad_affine<A>(sums, static_cast<double>(geometry.count()), mean[c], invstd[c], w[c]);
+      table.at(1, c) = affine.slope;
+      table.at(2, c) = affine.offset;
+      table.at(3, c) = affine.scale;
+    };
+    if (x.numel() == 0) {
+      for (int64_t c = 0; c < channels; ++c) dw.set(c, 0), db.set(c, 0);
+      return;
+    }
+    with_pattern<T>(geometry, [&](const auto& pattern) {
+      with_streaming(x, [&](auto streaming) {
+        const Schedule schedule(pattern, channels, x.numel());
+        const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot) {
+          pattern.grad_sums(dy_in, x_in, table.view()[0], block, chunk, sum, dot);
+        };
+        const auto merge = [](double, double, int64_t width, double* sum, double* dot, const double* sum2,
+                              const double* dot2) {
+          for (int64_t c = 0; c < width; ++c) sum[c] += sum2[c], dot[c] += dot2[c];
+        };
+        const auto map = [&](int64_t block, int64_t chunk) {
+          if (!want_dx) return;
+          if (training)
+            pattern.template map<streaming.value>(block, chunk, NormalizeGrad<A>(), table.view(), dx_out, dy_in, x_in);
+          else
+            pattern.template map<streaming.value>(block, chunk, Scale<A>(), {table.view()[3]}, dx_out, dy_in);
+        };
+        if (want_sums) return reduce_then_map(pattern, schedule, reduce, merge, finish, map);
+        for (int64_t c = 0; c < channels; ++c) table.at(3, c) = static_cast<A>(w[c] * invstd[c]);
+        map_all(schedule, map);
+      });
+    });
+  });
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
+}
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
+  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm_backward", batch_norm_backward);
+}
+
+}  // namespace
+}  // namespace batchnorm_ext::cpu

@@ -1,0 +1,113 @@
+// Row pattern: long contiguous runs of one channel (NCHW). A block is one channel; its lanes all belong to it and are
+// folded at the end of each chunk.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "../geometry.h"
+#include "moments.h"
+
+namespace batchnorm_ext::cpu {
+
+template <typename T>
+class Row {
+  using A = Acc<T>;
+  static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t kChunk = 16384;  // elements reduced before the lanes are folded
+
+ public:
+  explicit Row(const Geometry& geometry) : g(geometry) {
+    pieces = std::max<int64_t>(1, g.inner / kChunk);
+    piece = (g.inner / pieces + L) / L * L;
+    pieces = (g.inner + piece - 1) / piece;
+    runs = std::max<int64_t>(1, kChunk / g.inner);
+  }
+
+  int64_t blocks() const { return g.stats; }
+  int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
+  int64_t first(int64_t block) const { return block; }
+  int64_t width(int64_t) const { return 1; }
+
+  double count(int64_t chunk) const {
+    const Span s = span(0, chunk);
+    return static_cast<double>(s.runs * s.length);
+  }
+
+  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2) const {
+    const Span s = span(block, chunk);
+    const int64_t whole = s.length / L, rest = s.length % L;
+    LaneMoments<A> body, tail;
+    const T* run = x + s.offset;
+    for (int64_t r = 0; r < s.runs; ++r, run += stride()) {
+      body.template add<false>(run, L, whole);
+      if (rest) tail.template add<true>(run + whole * L, L, 1, rest);
+    }
+    MomentSets<2 * L> sets;
+    if (whole) sets.take(0, body, L);
+    if (rest) sets.take(whole ? L : 0, tail, rest);
+    sets.fold(0, (whole ? L : 0) + rest);
+    sets.result(0, *mean, *m2);
+    const auto for_each = [&](const auto& visit) {
+      for (int64_t r = 0; r < s.runs; ++r)
+        for (int64_t i = 0; i < s.length; ++i) visit(static_cast<double>(x[s.offset + r * stride() + i]));
+    };
+    mend_range<T>(count(chunk), for_each, *mean, *m2);
+  }
+
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum,
+                 double* dot) const {
+    const Span s = span(block, chunk);
+    const int64_t whole = s.length / L, rest = s.length % L;
+    Block<A> centre;
+    std::fill_n(centre.v, kVecs, Vec<A>(mean[block]));
+    LaneGradSums<A> body, tail;
+    body.reset(centre);
+    tail.reset(centre);
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.runs; ++r, at += stride()) {
+      body.template add<false>(dy + at, x + at, L, whole);
+      if (rest) tail.template add<true>(dy + at + whole * L, x + at + whole * L, L, 1, rest);
+    }
+    body.flush();
+    tail.flush();
+    for (const auto& [into, from] : {std::pair{body.sum, tail.sum}, std::pair{body.dot, tail.dot}}) {
+      for (int64_t l = 0; l < L; ++l) into[l] += from[l];
+      for (int64_t half = L / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) into[l] += into[half + l];
+    }
+    *sum = body.sum[0];
+    *dot = body.dot[0];
+  }
+
+  // out = op(coefficients of the channel, in...) over one chunk.
+  template <bool kStream, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, T* out,
+           const In*... in) const {
+    const Span s = span(block, chunk);
+    Vec<A> c[Op::kCoefficients];
+    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = Vec<A>(coefficients[i][block]);
+    const auto f = [&](int64_t, const auto&... v) { return op(c, v...); };
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
+  }
+
+ private:
+  // A chunk: `runs` runs of `length` elements, stride() apart. Either many short runs or one piece of a long run.
+  struct Span {
+    int64_t offset, runs, length;
+  };
+
+  int64_t stride() const { return g.stats * g.inner; }
+
+  Span span(int64_t block, int64_t chunk) const {
+    const int64_t run = chunk / pieces * runs, start = chunk % pieces * piece;
+    return {run * stride() + block * g.inner + start, std::min(runs, g.outer - run), std::min(piece, g.inner - start)};
+  }
+
+  Geometry g;
+  int64_t pieces, piece, runs;
+};
+
+}  // namespace batchnorm_ext::cpu

@@ -1,0 +1,91 @@
+// Which thread does what, and when. A pattern cuts the tensor into blocks of channels and each block into chunks; the
+// cuts and the order in which chunks are merged depend on the shape alone, so the number of threads changes nothing in
+// the result, only whether a block is reduced and mapped by one thread while it is in that thread's cache, or chunk by
+// chunk by all of them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+namespace batchnorm_ext::cpu {
+
+// Work that is not worth waking another thread for.
+constexpr int64_t kGrainElements = 32768;
+
+struct Schedule {
+  int64_t blocks, chunks, stats, grain;  // grain: in chunks
+  bool whole_blocks;                     // a thread takes whole blocks
+
+  template <typename Pattern>
+  Schedule(const Pattern& pattern, int64_t stats, int64_t numel)
+      : blocks(pattern.blocks()), chunks(pattern.chunks()), stats(stats) {
+    grain = std::max<int64_t>(1, kGrainElements * blocks * chunks / std::max<int64_t>(1, numel));
+    const int64_t threads = at::get_num_threads();
+    const int64_t busiest = (blocks + threads - 1) / threads * threads;  // blocks of the busiest thread, times threads
+    whole_blocks = chunks == 1 || threads == 1 || (busiest - blocks) * 4 <= blocks;
+  }
+};
+
+// reduce(block, chunk, a, b)         writes two numbers per channel of the block
+// merge(n, n2, width, a, b, a2, b2)  merges into the totals of n elements per channel those of the next n2
+// finish(channel, a, b)              takes the totals of one channel
+// map(block, chunk)                  may use what finish left
+template <typename Pattern, typename Reduce, typename Merge, typename Finish, typename Map>
+void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Reduce& reduce, const Merge& merge,
+                     const Finish& finish, const Map& map) {
+  const auto [blocks, chunks, stats, grain, whole_blocks] = schedule;
+  if (whole_blocks) {
+    at::parallel_for(0, blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
+      const int64_t capacity = pattern.width(0);
+      std::unique_ptr<double[]> buffer(new double[4 * capacity]);
+      double *a = buffer.get(), *b = a + capacity, *a2 = b + capacity, *b2 = a2 + capacity;
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t width = pattern.width(block);
+        reduce(block, 0, a, b);
+        double n = pattern.count(0);
+        for (int64_t chunk = 1; chunk < chunks; n += pattern.count(chunk++)) {
+          reduce(block, chunk, a2, b2);
+          merge(n, pattern.count(chunk), width, a, b, a2, b2);
+        }
+        for (int64_t c = 0; c < width; ++c) finish(pattern.first(block) + c, a[c], b[c]);
+        for (int64_t chunk = chunks; chunk-- > 0;) map(block, chunk);  // backwards: the end is still in the cache
+      }
+    });
+    return;
+  }
+  // Every task is one chunk. Row 2 * chunk of `parts` holds a, the row after it b, one value per channel.
+  std::unique_ptr<double[]> parts(new double[2 * chunks * stats]);
+  const auto part = [&](int64_t chunk, int64_t channel) { return parts.get() + 2 * chunk * stats + channel; };
+  at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / chunks, chunk = task % chunks;
+      double* a = part(chunk, pattern.first(block));
+      reduce(block, chunk, a, a + stats);
+    }
+  });
+  at::parallel_for(0, stats, std::max<int64_t>(1, 4096 / chunks), [&](int64_t begin, int64_t end) {
+    double* a = part(0, begin);
+    double n = pattern.count(0);
+    for (int64_t chunk = 1; chunk < chunks; n += pattern.count(chunk++)) {
+      const double* a2 = part(chunk, begin);
+      merge(n, pattern.count(chunk), end - begin, a, a + stats, a2, a2 + stats);
+    }
+    for (int64_t c = 0; c < end - begin; ++c) finish(begin + c, a[c], a[stats + c]);
+  });
+  at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks);
+  });
+}
+
+// Every chunk on its own, for maps that need no reduction.
+template <typename Map>
+void map_all(const Schedule& schedule, const Map& map) {
+  at::parallel_for(0, schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) map(task / schedule.chunks, task % schedule.chunks);
+  });
+}
+
+}  // namespace batchnorm_ext::cpu

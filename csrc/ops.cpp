@@ -1,0 +1,24 @@
+// Every operator schema, with what it computes. The sums run over the elements of one channel.
+#include <torch/library.h>
+
+TORCH_LIBRARY(batchnorm_ext, m) {
+  // training:    mean = avg(x), invstd = 1 / sqrt(avg((x - mean)^2) + eps)
+  //              running_mean <- (1 - f) * running_mean + f * mean
+  //              running_var  <- (1 - f) * running_var  + f * unbiased variance
+  //              num_batches_tracked <- num_batches_tracked + 1
+  //              with f = momentum, or 1 / num_batches_tracked if momentum is None
+  // evaluation:  mean = running_mean, invstd = 1 / sqrt(running_var + eps)
+  // y = (x - mean) * invstd * weight + bias,  stats = [mean, invstd] in float64, [2, C]
+  // An empty batch has no statistics and updates nothing.
+  m.def(
+      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) -> (Tensor y, Tensor stats)");
+
+  // xhat = (x - mean) * invstd,  dweight = sum(dy * xhat),  dbias = sum(dy)
+  // training:    dx = weight * invstd * (dy - avg(dy) - xhat * avg(dy * xhat))
+  // evaluation:  dx = weight * invstd * dy
+  // Only what output_mask = [dx, dweight, dbias] asks for is computed; the rest is undefined (None).
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+}

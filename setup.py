@@ -1,0 +1,80 @@
+"""Extension modules; everything else about the package is in pyproject.toml.
+
+Environment:
+  DEBUG=1                     no optimisation, debug symbols
+  BATCHNORM_EXT_CUDA=0|1      leave the CUDA kernels out / insist on them; by default they are built where both nvcc
+                              and a CUDA build of torch are found
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    raise SystemExit(
+        "batchnorm_ext builds against the torch that is installed, and none can be imported here: install torch >= 2.11 "
+        "and ninja first, then run `pip install --no-build-isolation .`"
+    ) from error
+
+ROOT = Path(__file__).parent
+PACKAGE = "batchnorm_ext"
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+
+# One build of the CPU kernels per instruction set; at run time the one that torch itself would choose is loaded.
+INSTRUCTION_SETS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        *("-mprefer-vector-width=512", "-DCPU_CAPABILITY_AVX512"),
+    ]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def with_cuda() -> bool:
+    asked = os.environ.get("BATCHNORM_EXT_CUDA", "")
+    possible = torch.version.cuda is not None and CUDA_HOME is not None
+    if asked == "1" and not possible:
+        raise SystemExit(
+            "BATCHNORM_EXT_CUDA=1 needs nvcc (CUDA_HOME) and a CUDA build of torch, found "
+            f"CUDA_HOME={CUDA_HOME} and torch {torch.__version__}"
+        )
+    return possible and asked != "0" and bool(sources("csrc/cuda/*.cu"))
+
+
+def extensions() -> list:
+    flags = [*FLAGS, *WARNINGS]
+    modules = [CppExtension(f"{PACKAGE}._C", sources("csrc/*.cpp"), extra_compile_args=flags)]
+    for name, isa in INSTRUCTION_SETS.items():
+        modules.append(
+            CppExtension(
+                f"{PACKAGE}._cpu_{name}",
+                sources("csrc/cpu/*.cpp"),
+                extra_compile_args=[*flags, f"-DCPU_CAPABILITY={name.upper()}", *isa],
+            )
+        )
+    if with_cuda():
+        modules.append(
+            CUDAExtension(
+                f"{PACKAGE}._cuda", sources("csrc/cuda/*.cu"), extra_compile_args={"cxx": flags, "nvcc": FLAGS}
+            )
+        )
+    return modules
+
+
+# Read by batchnorm_ext/__init__.py before anything that was compiled is loaded.
+(ROOT / PACKAGE / "_build.py").write_text(
+    f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = {torch.version.cuda if with_cuda() else None!r}\n'
+)
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

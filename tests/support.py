@@ -1,0 +1,206 @@
+"""Problems made from cases, and the checks of the operators against the oracle that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import tolerances
+import torch
+from cases import AFFINE, LAYOUTS, Case
+from torch import Tensor
+
+from batchnorm_ext import reference
+
+batch_norm = torch.ops.batchnorm_ext.batch_norm
+batch_norm_backward = torch.ops.batchnorm_ext.batch_norm_backward
+
+
+def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """Assert that ``actual`` is within ``bound`` of ``expected`` everywhere; inf and NaN must agree exactly."""
+    assert actual.shape == expected.shape, f"{name}: size {actual.shape}, expected {expected.shape}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    error = torch.where(same, 0.0, (actual - expected).abs())
+    excess = torch.where(same, 0.0, error / torch.as_tensor(bound, dtype=torch.float64))
+    if not (excess <= 1).all():
+        worst = excess.nan_to_num(nan=torch.inf).flatten().argmax().item()
+        raise AssertionError(
+            f"{name}: error {error.flatten()[worst]:.3g} is {excess.flatten()[worst]:.3g} times what is allowed, "
+            f"got {actual.flatten()[worst]!r} for {expected.flatten()[worst]!r}, "
+            f"{(~(excess <= 1)).sum()} of {excess.numel()} elements are off"
+        )
+
+
+def assert_bitwise(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are equal bit by bit but for the payload of NaN."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{name}: {(~same).sum()} of {same.numel()} elements differ"
+
+
+@dataclass
+class Problem:
+    """The arguments of one call: tensors on the device under test."""
+
+    x: Tensor
+    dy: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    eps: float
+
+    def clone(self) -> Problem:
+        """The same call with running statistics and a counter of its own."""
+        names = ["running_mean", "running_var", "num_batches_tracked"]
+        tensors = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: None if v is None else v.clone() for k, v in tensors.items()})
+
+    def arguments(self, training: bool) -> tuple:
+        """The arguments of ``torch.ops.batchnorm_ext.batch_norm`` and of the oracle, from ``x`` on."""
+        tracked = (self.running_mean, self.running_var, self.num_batches_tracked)
+        return self.x, self.weight, self.bias, *tracked, training, self.momentum, self.eps
+
+    def forward(self, training: bool) -> tuple[Tensor, Tensor]:
+        return batch_norm(*self.arguments(training))
+
+    def oracle(self, training: bool) -> reference.Forward:
+        return reference.batch_norm(*self.arguments(training))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the running statistics and the counter."""
+        names = ["running_mean", "running_var", "num_batches_tracked"]
+        return {n: getattr(self, n).clone() for n in names if getattr(self, n) is not None}
+
+    def mean_over_std(self, stats: Tensor) -> float:
+        """How far the channels lie from zero, in standard deviations, at most: the condition of the problem."""
+        ratio = (stats[0] * stats[1]).abs().nan_to_num(0.0)
+        return ratio.max().item() if ratio.numel() else 0.0
+
+
+def make_problem(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Problem:
+    """Random arguments for a case: every channel has its own mean, scale, weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    channels = case.size[1]
+    per_channel = [1, channels, *[1] * (len(case.size) - 2)]
+    spread, centre = (normal(channels).abs() + 0.5).view(per_channel), normal(channels).view(per_channel)
+    param_dtype = case.param_dtype or case.dtype
+    if case.dtype is torch.float64 and case.param_dtype is torch.float32:
+        param_dtype = torch.float32
+
+    def lay_out(values: Tensor) -> Tensor:
+        return LAYOUTS[case.layout](values.to(case.dtype).to(device))
+
+    def parameter(values: Tensor) -> Tensor:
+        return values.to(param_dtype).to(device)
+
+    has_weight, has_bias = AFFINE[case.affine]
+    tracked = [normal(channels), normal(channels).abs() + 0.5]
+    return Problem(
+        x=lay_out(normal(*case.size) * spread + centre),
+        dy=lay_out(normal(*case.size)),
+        weight=parameter(normal(channels) + 0.5) if has_weight else None,
+        bias=parameter(normal(channels)) if has_bias else None,
+        running_mean=parameter(tracked[0]) if case.track else None,
+        running_var=parameter(tracked[1]) if case.track else None,
+        num_batches_tracked=torch.tensor(3, device=device) if case.track else None,
+        momentum=case.momentum,
+        eps=case.eps,
+    )
+
+
+def check_forward(problem: Problem, training: bool) -> tuple[Tensor, Tensor]:
+    """Run the forward and assert output, statistics and running statistics against the oracle."""
+    x, before = problem.x, problem.state
+    expected = problem.oracle(training)
+    y, stats = problem.forward(training)
+
+    assert y.dtype == x.dtype and y.device == x.device
+    assert y.stride() == torch.empty_like(x).stride(), "memory format of y"
+    assert stats.dtype == torch.float64 and stats.shape == (2, x.shape[1])
+    ratio = problem.mean_over_std(expected.stats)
+    relative = tolerances.normalized(x.dtype, ratio)
+    mean, invstd = expected.stats
+    assert_within("mean", stats[0], mean, relative / invstd)
+    assert_within("invstd", stats[1], invstd, relative * invstd)
+    if x.numel() > 0:
+        assert_within("y", y, expected.y, tolerances.output(expected.y, x.dtype, ratio))
+    else:
+        assert y.shape == x.shape
+
+    updated = training and x.numel() > 0
+    for name, value in problem.state.items():
+        wanted = getattr(expected, name)
+        if not updated or name == "num_batches_tracked":
+            assert_bitwise(name, value, wanted.to(value.dtype))
+            continue
+        count = 1 if problem.momentum is None else 0
+        factor = 1 / (before["num_batches_tracked"].item() + 1) if count else problem.momentum
+        scale = 1 / invstd if name == "running_mean" else invstd**-2
+        # the part of the batch has the error of its statistics (twice that, squared), the result is rounded once
+        bound = 2 * factor * relative * scale + tolerances.half_ulp(wanted, value.dtype)
+        # float64 rounds the products and the sum as well, and so does the oracle
+        bound += 4 * torch.finfo(torch.float64).eps * (before[name].double().abs() + factor * scale)
+        bound += 4 * torch.finfo(torch.float64).eps * wanted.abs()
+        assert_within(name, value, wanted, bound)
+    return y, stats
+
+
+def along(per_channel: Tensor, x: Tensor) -> Tensor:
+    """``per_channel``, shaped to broadcast along the channels of ``x``."""
+    return per_channel.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def check_gradients(
+    problem: Problem,
+    training: bool,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Assert gradients against the oracle, which takes its own statistics; None is not looked at."""
+    x, dy = problem.x, problem.dy
+    stats = problem.oracle(training).stats
+    expected = reference.batch_norm_backward(dy, x, problem.weight, stats, training)
+    ratio = problem.mean_over_std(stats)
+    others = [d for d in range(x.dim()) if d != 1]
+    mean, invstd = (along(s, x) for s in stats)
+    xhat, dyd = (x.double() - mean) * invstd, dy.double().abs()
+    if dx is not None:
+        assert dx.dtype == x.dtype
+        terms = dyd
+        if training and x.numel() > 0:
+            count = x.numel() // x.shape[1]
+            averages = along(expected.dbias.abs() / count, x), along(expected.dweight.abs() / count, x)
+            terms = dyd + averages[0] + xhat.abs() * averages[1]
+        scale = invstd if problem.weight is None else invstd * along(problem.weight.double().abs(), x)
+        assert_within("dx", dx, expected.dx, tolerances.gradient(expected.dx, terms * scale, x.dtype, ratio))
+    sums = {"dweight": (dweight, dyd * (xhat.abs() + 1)), "dbias": (dbias, dyd)}
+    for name, (actual, summands) in sums.items():
+        if actual is None:
+            continue
+        wanted = getattr(expected, name)
+        magnitudes = summands.sum(others)
+        assert_within(
+            name,
+            actual,
+            wanted,
+            tolerances.gradient_sum(wanted, magnitudes, x.dtype, actual.dtype, ratio),
+        )
+
+
+def check_backward(problem: Problem, training: bool, stats: Tensor) -> None:
+    """Run the backward with the statistics of the forward and assert all gradients against the oracle."""
+    x = problem.x
+    dx, dweight, dbias = batch_norm_backward(problem.dy, x, problem.weight, stats, training, [True] * 3)
+    assert dx.stride() == torch.empty_like(x).stride(), "memory format of dx"
+    if problem.weight is not None:
+        assert dweight.dtype == dbias.dtype == problem.weight.dtype
+    check_gradients(problem, training, dx, dweight, dbias)
