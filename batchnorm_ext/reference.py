@@ -1,9 +1,9 @@
 """Batch normalization in plain PyTorch and float64: the oracle of the tests.
 
-Written from the paper, without the kernels: S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
-Training by Reducing Internal Covariate Shift", ICML 2015, https://arxiv.org/abs/1502.03167. The paper's equations
-are cited as "Alg. 1, line k" (the transform, lines counted from 1), "Alg. 2, step 10/11" (inference) and "Sec. 3"
-(the gradient).
+Written from the paper, without the kernels: S. Ioffe and C. Szegedy, "Batch Normalization:
+Accelerating Deep Network Training by Reducing Internal Covariate Shift", ICML 2015,
+https://arxiv.org/abs/1502.03167. The paper's equations are cited as "Alg. 1, line k" (the
+transform, lines counted from 1), "Alg. 2, step 10/11" (inference) and "Sec. 3" (the gradient).
 
 Every function returns new float64 tensors and changes none of its arguments.
 """
@@ -48,12 +48,12 @@ class Backward(NamedTuple):
     dbias: Tensor
 
 
-def _reduced(x: Tensor) -> list[int]:
-    """The dimensions that a statistic runs over: all but the channel."""
+def reduced_dims(x: Tensor) -> list[int]:
+    """The dimensions that a statistic of ``x`` runs over: all but the channel."""
     return [d for d in range(x.dim()) if d != 1]
 
 
-def _along(per_channel: Tensor, x: Tensor) -> Tensor:
+def along_channels(per_channel: Tensor, x: Tensor) -> Tensor:
     """``per_channel``, viewed so that it broadcasts along the channels of ``x``."""
     return per_channel.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
 
@@ -63,10 +63,10 @@ def _double(tensor: Tensor | None) -> Tensor | None:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Alg. 1, lines 1 and 2, in two passes; the second look at the mean takes out the rounding of the first."""
-    mean = x.mean(_reduced(x))
-    mean = mean + (x - _along(mean, x)).mean(_reduced(x))
-    return mean, (x - _along(mean, x)).square().mean(_reduced(x))
+    """Alg. 1, lines 1 and 2, in two passes; a second look at the mean takes out its rounding."""
+    mean = x.mean(reduced_dims(x))
+    mean = mean + (x - along_channels(mean, x)).mean(reduced_dims(x))
+    return mean, (x - along_channels(mean, x)).square().mean(reduced_dims(x))
 
 
 def batch_norm(
@@ -82,10 +82,11 @@ def batch_norm(
 ) -> Forward:
     """Batch normalization of ``x`` and what becomes of the running statistics.
 
-    In training the statistics are those of the batch (Alg. 1), the running ones move towards them by ``momentum``,
-    or by ``1 / num_batches_tracked`` where ``momentum`` is None, which makes them the plain average over the batches
-    (Alg. 2, step 10). In evaluation the running statistics are used (Alg. 2, step 11) and stay as they are. An empty
-    batch has no statistics: they are NaN, and nothing is tracked.
+    In training the statistics are those of the batch (Alg. 1), the running ones move towards
+    them by ``momentum``, or by ``1 / num_batches_tracked`` where ``momentum`` is None, which
+    makes them the plain average over the batches (Alg. 2, step 10). In evaluation the running
+    statistics are used (Alg. 2, step 11) and stay as they are. An empty batch has no
+    statistics: they are NaN, and nothing is tracked.
 
     Args:
         x: ``(N, C, ...)``, of any floating dtype; computed in float64 from there.
@@ -103,11 +104,11 @@ def batch_norm(
     running_mean, running_var = _double(running_mean), _double(running_var)
     mean, var = _moments(x) if training else (running_mean, running_var)
     invstd = (var + eps).rsqrt()
-    y = (x - _along(mean, x)) * _along(invstd, x)  # Alg. 1, line 3
+    y = (x - along_channels(mean, x)) * along_channels(invstd, x)  # Alg. 1, line 3
     if weight is not None:
-        y = y * _along(weight, x)  # Alg. 1, line 4
+        y = y * along_channels(weight, x)  # Alg. 1, line 4
     if bias is not None:
-        y = y + _along(bias, x)
+        y = y + along_channels(bias, x)
     if training and x.numel() > 0:
         if num_batches_tracked is not None:
             num_batches_tracked = num_batches_tracked + 1
@@ -125,7 +126,8 @@ def batch_norm_backward(
 ) -> Backward:
     """The gradient of :func:`batch_norm`, in closed form.
 
-    Sec. 3 gives six equations. With ``xhat = (x - mean) * invstd``, those for the weight and the bias are::
+    Sec. 3 gives six equations. With ``xhat = (x - mean) * invstd``, those for the weight and
+    the bias are::
 
         dweight = sum(dy * xhat)        dbias = sum(dy)
 
@@ -150,12 +152,12 @@ def batch_norm_backward(
     """
     dy, x, weight = dy.detach().double(), x.detach().double(), _double(weight)
     mean, invstd = stats.double()
-    xhat = (x - _along(mean, x)) * _along(invstd, x)
-    dweight = (dy * xhat).sum(_reduced(x))
-    dbias = dy.sum(_reduced(x))
+    xhat = (x - along_channels(mean, x)) * along_channels(invstd, x)
+    dweight = (dy * xhat).sum(reduced_dims(x))
+    dbias = dy.sum(reduced_dims(x))
     dx = dy
     if training:
         count = x.numel() // max(x.size(1), 1)
-        dx = dx - _along(dbias / count, x) - xhat * _along(dweight / count, x)
+        dx = dx - along_channels(dbias / count, x) - xhat * along_channels(dweight / count, x)
     scale = invstd if weight is None else weight * invstd
-    return Backward(dx * _along(scale, x), dweight, dbias)
+    return Backward(dx * along_channels(scale, x), dweight, dbias)

@@ -10,7 +10,6 @@ is the kernel, to be held against the copy.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,13 +27,12 @@ import batchnorm_ext
 from arguments import add_choice
 from cases import DTYPES, GROUPS, LAYOUTS, Case, all_cases, to_layout
 from environment import environment
-from results import PASSES, Row, copy_verdicts, disturbed, layer_verdicts, save, select
+from mapped import check_mapped, keep_memory
+from results import PASSES, Alone, Row, copy_verdicts, layer_verdicts, save, select
 from tables import case_table, mapped_table, summary_table, verdict_table
 from timing import Call, interleaved, undisturbed
 
 LARGE_BYTES = 32 << 20  # glibc maps blocks of this size afresh at each allocation, by default
-# glibc: never serve a block by mmap, never give memory back.
-KEEP_MAPPED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 SAMPLE_SECONDS = 5e-3
 
 
@@ -84,12 +82,14 @@ def measure(case: Case, dtype: str, layout: str, passes: list[str], args) -> lis
     for what in passes:
         calls = contestants(what, x, dy, args.compile)
         timing = undisturbed(partial(interleaved, calls, args.rounds, SAMPLE_SECONDS))
+        if args.mapped:
+            check_mapped(calls["ours"], x.nbytes)
         rows.append(Row(case.shape, case.layers, dtype, layout, what, **asdict(timing)))
     return rows
 
 
-def measure_all(cases: list[Case], args, after: Callable[[list[Row], str], None]) -> list[Row]:
-    """All rows; `after` gets those of each dtype and layout as soon as they are complete."""
+def measure_all(cases: list[Case], args, keep: Callable[[list[Row], str], None]) -> list[Row]:
+    """All rows; `keep` gets them whenever those of a dtype and layout are complete."""
     rows: list[Row] = []
     for dtype in args.dtype:
         for layout in args.layout:
@@ -100,7 +100,7 @@ def measure_all(cases: list[Case], args, after: Callable[[list[Row], str], None]
                 for case in bar:
                     bar.set_postfix_str("x".join(map(str, case.shape)))
                     rows += measure(case, dtype, layout, args.passes, args)
-            after(rows, f"{dtype} {layout}")
+            keep(rows, f"{dtype} {layout}")
     return rows
 
 
@@ -108,7 +108,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
     add_choice(parser, "--pass", PASSES, dest="passes", metavar="PASS")
     add_choice(parser, "--dtype", tuple(DTYPES))
     add_choice(parser, "--layout", LAYOUTS)
@@ -137,9 +136,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    if args.mapped and any(os.environ.get(k) != v for k, v in KEEP_MAPPED.items()):
-        # The allocator reads these once, at the start of a process.
-        os.execve(sys.executable, sys.orig_argv, os.environ | KEEP_MAPPED)
+    if args.mapped:
+        keep_memory()
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
     machine = environment()
@@ -149,22 +147,23 @@ def main() -> None:
     if args.quick:
         cases = cases[::6]
 
-    def show(rows: list[Row], kind: str) -> None:
+    def keep(rows: list[Row], kind: str) -> None:
+        """A long run shows and saves what it has."""
         if args.mapped:
             mapped_table(select(rows, kind)).print(console)
-            return
-        for what in args.passes:
-            case_table(rows, kind, what).print(console)
+        else:
+            for what in args.passes:
+                case_table(rows, kind, what).print(console)
+        if args.json:
+            settings = {"rounds": args.rounds, "quick": args.quick}
+            save(args.json, "mapped" if args.mapped else "layers", machine, settings, rows)
 
-    rows = measure_all(cases, args, show)
+    rows = measure_all(cases, args, keep)
     if not args.mapped:
         summary_table(rows).print(console)
     verdicts = (copy_verdicts if args.mapped else layer_verdicts)(rows)
-    verdict_table(verdicts).print(console)
-    console.print(disturbed(rows), highlight=False)
-    if args.json:
-        settings = {"rounds": args.rounds, "quick": args.quick}
-        save(args.json, "mapped" if args.mapped else "layers", machine, settings, rows)
+    verdict_table([v for v in verdicts if v.value is not None]).print(console)
+    console.print(str(Alone.of(rows)), highlight=False)
     if args.plot:
         from plot import plot  # matplotlib takes a second to import, and only pictures need it
 

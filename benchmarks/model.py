@@ -9,6 +9,7 @@ start from the same weights. bf16 runs under autocast.
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from arguments import add_choice
 from cases import DTYPES, LAYOUTS
 from environment import environment
 from networks import NETWORKS
-from results import save, step_verdicts
+from results import Alone, save, step_verdicts
 from tables import step_table, verdict_table
 from timing import interleaved
 
@@ -39,6 +40,7 @@ NORM_OPS = {
     "batchnorm_ext::batch_norm_backward",
 }
 WARMUP = 2
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines would cut the bar
 
 
 def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Callable[[], float]:
@@ -126,6 +128,7 @@ def main() -> None:
     # The musts are for batch 16 at 224x224; other sizes are for a look.
     if (args.batch, args.size) == (16, 224):
         verdict_table(step_verdicts(steps)).print(console)
+    console.print(str(Alone.of(steps)), highlight=False)
     if args.json:
         settings = {"rounds": args.rounds, "batch": args.batch, "size": args.size}
         save(args.json, "steps", machine, settings, steps)

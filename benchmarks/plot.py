@@ -27,9 +27,16 @@ def by_network(rows: list[Row]) -> list[tuple[str, tuple[int, ...]]]:
     return [(group, shape) for group in GROUPS for shape, g in first.items() if g == group]
 
 
+def span(lines: list[tuple[str, tuple[int, ...]]], group: str) -> tuple[float, float] | None:
+    """Where the lines of a group begin and end on the y axis."""
+    members = [i for i, (name, _) in enumerate(lines) if name == group]
+    return (members[0] - 0.5, members[-1] + 0.5) if members else None
+
+
 def plot(rows: list[Row], machine: dict, path: Path) -> None:
     lines = by_network(rows)
     position = {shape: i for i, (_, shape) in enumerate(lines)}
+    resnet = span(lines, "resnet50")
     passes = [what for what in PASSES if any(row.what == what for row in rows)]
     fig, axes = plt.subplots(
         1,
@@ -54,15 +61,17 @@ def plot(rows: list[Row], machine: dict, path: Path) -> None:
                 label=kind,
                 zorder=3,
             )
-            if must := MUST_LAYERS.get(what, {}).get(kind):
-                ax.axvline(must, color=colour, linewidth=1, linestyle=":" if hollow else "--")
+            must = MUST_LAYERS.get(what, {}).get(kind)
+            if must and dots and resnet:
+                style = ":" if hollow else "--"
+                ax.vlines(must, *resnet, color=colour, linewidth=1, linestyle=style)
         ax.axvline(1, color="black", linewidth=1)
         ax.set(title=TITLES[what], xscale="log", xlabel="times faster than native (log)")
         ax.grid(axis="y", linewidth=0.4, color="0.88")
         ax.spines[["top", "right"]].set_visible(False)
-        for (group, _), (following, _), i in zip(lines, lines[1:], range(len(lines)), strict=False):
-            if group != following:
-                ax.axhline(i + 0.5, color="0.6", linewidth=0.8)
+        for group in GROUPS:
+            if place := span(lines, group):
+                ax.axhline(place[1], color="0.6", linewidth=0.8)
         low, high = ax.get_xlim()
         ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if low / 2 <= t <= high * 2]
         ax.set_xticks(ticks, [f"{t:g}x" for t in ticks])
@@ -70,11 +79,10 @@ def plot(rows: list[Row], machine: dict, path: Path) -> None:
     axes[0, 0].set_yticks(range(len(lines)), [shape_name(shape) for _, shape in lines], fontsize=8)
     axes[0, 0].set_ylim(len(lines) - 0.4, -0.6)
     for group in GROUPS:
-        members = [i for i, (g, _) in enumerate(lines) if g == group]
-        if members:
+        if place := span(lines, group):
             axes[0, -1].text(
                 1.02,
-                sum(members) / len(members),
+                sum(place) / 2,
                 group,
                 transform=axes[0, -1].get_yaxis_transform(),
                 rotation=270,

@@ -10,10 +10,11 @@ one dtype each) are joined.
 import argparse
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from networks import NETWORKS
-from results import copy_verdicts, layer_verdicts, load, step_verdicts
+from results import Alone, copy_verdicts, layer_verdicts, load, step_verdicts
 from tables import mapped_table, shapes_table, step_table, summary_table, verdict_table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -45,7 +46,10 @@ def environment_sentence(machine: dict) -> str:
 def blocks(files: Iterable[dict]) -> dict[str, str]:
     """Marker name -> markdown."""
     machine, rows = join(files)
-    result = {"environment": environment_sentence(machine)}
+    alone = Alone.of(chain.from_iterable(rows.values()))
+    if not alone.enough:
+        raise SystemExit(f"{alone} Measure on an idle machine.")
+    result = {"environment": f"{environment_sentence(machine)} {alone}"}
     verdicts = []
     if layers := rows["layers"]:
         result["summary"] = summary_table(layers).markdown()

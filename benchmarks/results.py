@@ -118,37 +118,62 @@ def kinds() -> list[str]:
     return [f"{dtype} {layout}" for dtype in DTYPES for layout in LAYOUTS]
 
 
-def disturbed(rows: Iterable[Row]) -> str:
-    """A sentence on how alone the process was."""
-    rows = list(rows)
-    count = sum(row.disturbance > DISTURBED for row in rows)
-    return (
-        f"In {count} of {len(rows)} rows other processes took more than {DISTURBED:.0%} of the "
-        "processors' time."
-    )
+@dataclass(frozen=True)
+class Alone:
+    """How many of the measurements other processes disturbed."""
+
+    disturbed: int
+    measured: int
+
+    @classmethod
+    def of(cls, rows: Iterable[Row | dict]) -> "Alone":
+        """Of layer rows, or of the steps of model.py."""
+        values = [r.disturbance if isinstance(r, Row) else r["disturbance"] for r in rows]
+        return cls(sum(value > DISTURBED for value in values), len(values))
+
+    @property
+    def enough(self) -> bool:
+        return self.disturbed <= self.measured / 10
+
+    def __str__(self) -> str:
+        return (
+            f"In {self.disturbed} of {self.measured} measurements other processes took more than "
+            f"{DISTURBED:.0%} of the processors' time."
+        )
+
+
+def mean_verdict(rows: list[Row], what: str, peer: str, must: float, **kwargs) -> Verdict:
+    """On a geometric mean; it says of how many shapes, as a run may leave some out."""
+    shapes = len({row.shape for row in rows if peer in row.seconds})
+    name = f"{what}, geometric mean of {shapes} shapes"
+    return Verdict(name, must, mean_times(rows, peer), **kwargs)
+
+
+def least_verdict(rows: list[Row], what: str, must: float) -> Verdict:
+    """On the smallest speed-up over native."""
+    row = worst(rows, "native")
+    name = f"{what}, least of {len(rows)} cases, x native"
+    return Verdict(name, must, row and row.times("native"), where=str(row or ""))
 
 
 def layer_verdicts(rows: list[Row]) -> list[Verdict]:
     """The musts on single layers, but for those against the copy."""
-    verdicts = [
-        Verdict(f"{what}, {kind}, ResNet-50 shapes, geometric mean, x native", must, value)
-        for what, musts in MUST_LAYERS.items()
-        for kind, must in musts.items()
-        for value in [mean_times(select(rows, kind, what, "resnet50"), "native")]
-    ]
+    verdicts = []
+    for what, musts in MUST_LAYERS.items():
+        for kind, must in musts.items():
+            group = select(rows, kind, what, "resnet50")
+            verdicts.append(
+                mean_verdict(group, f"{what} {kind}, ResNet-50, x native", "native", must)
+            )
     for what in PASSES:
-        verdicts.append(least(f"{what}, every case, x native", NOISE, select(rows, what=what)))
+        verdicts.append(least_verdict(select(rows, what=what), what, NOISE))
+    modules = select(rows, what="module")
     for shape, must in MUST_SMALL.items():
-        small = [row for row in select(rows, what="module") if row.shape == shape]
-        verdicts.append(least(f"module call at {shape_name(shape)}, x native", must, small))
-    compiled = mean_times(select(rows, what="module", network="resnet50"), "compile")
-    what = "module call, ResNet-50 shapes, geometric mean, x compiled native"
-    return [*verdicts, Verdict(what, MUST_COMPILE, compiled)]
-
-
-def least(what: str, must: float, rows: list[Row]) -> Verdict:
-    row = worst(rows, "native")
-    return Verdict(what, must, row and row.times("native"), where=str(row or ""))
+        small = [row for row in modules if row.shape == shape]
+        verdicts.append(least_verdict(small, f"module call at {shape_name(shape)}", must))
+    resnet = select(modules, network="resnet50")
+    name = "module call, ResNet-50, x compiled native"
+    return [*verdicts, mean_verdict(resnet, name, "compile", MUST_COMPILE)]
 
 
 def copy_verdicts(rows: list[Row]) -> list[Verdict]:
@@ -157,8 +182,8 @@ def copy_verdicts(rows: list[Row]) -> list[Verdict]:
     for what, must in MUST_COPY.items():
         for kind in kinds():
             if group := select(rows, kind, what):
-                name = f"large {kind} {what}, output mapped, geometric mean, time / copy"
-                verdicts.append(Verdict(name, must, mean_times(group, "copy"), at_most=True))
+                name = f"{what} {kind}, large, output mapped, time / copy"
+                verdicts.append(mean_verdict(group, name, "copy", must, at_most=True))
     return verdicts
 
 

@@ -71,6 +71,8 @@ def case_table(rows: list[Row], kind: str, what: str) -> Table:
     ]
     footer = []
     for name, group in [("all", rows), ("ResNet-50", select(rows, network="resnet50"))]:
+        if not group:
+            continue
         worsts = [worst(group, peer) for peer in PEERS]
         means = [ratio(mean_times(group, peer)) for peer in PEERS]
         extremes = [ratio(row and row.times(peer)) for row, peer in zip(worsts, PEERS, strict=True)]

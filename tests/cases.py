@@ -20,7 +20,7 @@ def _stored_as(order: Sequence[int]) -> Callable[[Tensor], Tensor]:
 
 
 def _window(values: Tensor, size: Sequence[int], window: tuple[slice, ...]) -> Tensor:
-    """The values in a window of a larger tensor whose other elements are NaN: reading them would be seen."""
+    """The values in a window of a larger tensor that is NaN elsewhere, where nobody may read."""
     larger = torch.full(size, torch.nan, dtype=values.dtype, device=values.device)
     larger[window] = values
     return larger[window]
@@ -58,12 +58,17 @@ DENSE = ["contiguous", "channels_last", "channels_first", "reversed", "last_two_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-AFFINE = {"both": (True, True), "weight": (True, False), "bias": (False, True), "none": (False, False)}
+AFFINE = {
+    "both": (True, True),
+    "weight": (True, False),
+    "bias": (False, True),
+    "none": (False, False),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input and the options of the call. ``param_dtype`` None stands for the dtype of the input."""
+    """One input and the options of the call; ``param_dtype`` None is the dtype of the input."""
 
     size: tuple[int, ...]
     layout: str = "contiguous"
@@ -149,7 +154,11 @@ def _table() -> list[Case]:
         for layout in LAYOUTS
         for dtype in [torch.float32, torch.bfloat16]
     ]
-    plain = [Case(ONE_SIZE, layout, dtype) for layout in ["contiguous", "channels_last"] for dtype in DTYPES]
+    plain = [
+        Case(ONE_SIZE, layout, dtype)
+        for layout in ["contiguous", "channels_last"]
+        for dtype in DTYPES
+    ]
     options = [
         replace(case, **change)
         for case in plain

@@ -33,7 +33,7 @@ def fresh_dynamo():
 
 
 @pytest.fixture
-def threads():
+def set_num_threads():
     """Sets the number of threads and puts the old one back."""
     before = torch.get_num_threads()
     yield torch.set_num_threads

@@ -19,7 +19,7 @@ class Column {
   static constexpr int64_t kFoldable = 512;  // rows at least this wide lose little to a ragged last vector
   static constexpr int64_t kMinRows = 128;   // of a chunk: what makes the folding of its lanes cheap
   static constexpr int64_t kChunk = 131072;  // elements
-  static constexpr int64_t kMaxChunks = 256;
+  static constexpr int64_t kMaxPartials = 65536;  // statistics of all chunks together: 1 MB
 
  public:
   explicit Column(const Geometry& geometry) : g(geometry) {
@@ -28,7 +28,7 @@ class Column {
     stats_per_block = fold > 1 ? g.stats : std::max<int64_t>(1, std::min(g.stats, kColumns / g.inner));
     rows = g.outer / fold;
     const int64_t columns = stats_per_block * g.inner * fold;
-    rows_per_chunk = std::max({kMinRows, kChunk / columns, (rows + kMaxChunks - 1) / kMaxChunks});
+    rows_per_chunk = std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials});
     rows_per_chunk = (rows_per_chunk + kTile - 1) / kTile * kTile;
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
@@ -50,8 +50,8 @@ class Column {
     const T* row = x + s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, row += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
-      for (int64_t j = 0; j < whole; ++j) lanes[j].template add<false>(row + j * L, stride(), tile);
-      if (rest) lanes[whole].template add<true>(row + whole * L, stride(), tile, rest);
+      for (int64_t j = 0; j < whole; ++j) lanes[j].add(row + j * L, stride(), tile);
+      if (rest) lanes[whole].add(row + whole * L, stride(), tile, rest);
     }
     MomentSets<kColumns + L> sets;
     for (int64_t j = 0; j * L < s.columns; ++j) sets.take(j * L, lanes[j], std::min(L, s.columns - j * L));
@@ -77,23 +77,26 @@ class Column {
     A spread[kColumns + L];
     const A* centre = along_columns(mean, block, s, spread);
     const int64_t whole = s.columns / L, rest = s.columns % L;
-    for (int64_t j = 0; j < whole; ++j) lanes[j].reset(load_block(centre + j * L));
-    if (rest) lanes[whole].reset(load_block(centre + whole * L, rest));
+    for (int64_t j = 0; j < whole; ++j) lanes[j].reset(load_block<kVecs>(centre + j * L));
+    if (rest) lanes[whole].reset(load_block<kVecs>(centre + whole * L, rest));
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, at += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
-      for (int64_t j = 0; j < whole; ++j) lanes[j].template add<false>(dy + at + j * L, x + at + j * L, stride(), tile);
+      for (int64_t j = 0; j < whole; ++j) lanes[j].add(dy + at + j * L, x + at + j * L, stride(), tile);
       if (rest)
-        lanes[whole].template add<true>(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
+        lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
     }
-    std::fill_n(sum, width(block), 0.0);
-    std::fill_n(dot, width(block), 0.0);
-    for (int64_t column = 0, c = 0, i = 0; column < s.columns; ++column) {
-      LaneGradSums<A>& lane = lanes[column / L];
-      if (column % L == 0) lane.flush();
-      sum[c] += lane.sum[column % L];
-      dot[c] += lane.dot[column % L];
-      if (++i == g.inner) i = 0, c = c + 1 == width(block) ? 0 : c + 1;
+    double sums[kColumns + L], dots[kColumns + L];
+    for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);
+    const int64_t across = width(block) * g.inner;
+    for (int64_t f = 1; f < s.folded; ++f)
+      for (int64_t column = 0; column < across; ++column) {
+        sums[column] += sums[f * across + column];
+        dots[column] += dots[f * across + column];
+      }
+    for (int64_t c = 0; c < width(block); ++c) {
+      sum[c] = g.inner == 1 ? sums[c] : sum_of(sums + c * g.inner, g.inner);
+      dot[c] = g.inner == 1 ? dots[c] : sum_of(dots + c * g.inner, g.inner);
     }
   }
 
@@ -112,6 +115,7 @@ class Column {
     };
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride()) transform<kStream>(out + at, s.columns, f, (in + at)...);
+    if constexpr (kStream) stream_fence();
   }
 
  private:

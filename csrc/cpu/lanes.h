@@ -19,6 +19,32 @@ constexpr int64_t kFirstTile = 8;
 // Per element: d = v - k; s1 += d; s2 += d * d. Every tile, the centre moves to the current mean kn by the identity
 //   sum((v - kn)^2) = sum((v - k)^2) - de * (2 * s1 - n * de),  de = kn - k
 // which holds for any kn, so neither the division nor its rounding needs care. No cancellation, whatever mean / std is.
+// total + partial of each lane; `totals` is not read before the first flush into it.
+template <typename A>
+inline void flush(const Block<A>& partial, const double* totals, bool first, double* out) {
+  alignas(64) A lanes[kLanes<A>];
+  spill(partial, lanes);
+  for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? lanes[l] : totals[l] + lanes[l];
+}
+
+// Calls body.operator()<V>(first vector, load) with load(p) the block of V vectors from there on: once for a full block
+// (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes.
+template <typename T, typename Body>
+inline void for_each_part(int64_t lanes, const Body& body) {
+  using A = Acc<T>;
+  constexpr int V = kParts<T>;
+  constexpr int64_t width = Vec<T>::size();
+  if (lanes == kLanes<A>) return body.template operator()<kVecs>(0, [](const T* p) { return load_block<kVecs>(p); });
+  for (int64_t first = 0; first < lanes; first += width)
+    body.template operator()<V>(first / Vec<A>::size(),
+                                [=](const T* p) { return load_block<V>(p + first, lanes - first); });
+}
+
+// Moments of the values v seen by each lane, about a centre k that follows the mean:
+//   s1 = sum(v - k),  m2 + s2 = sum((v - k)^2)
+// Per element: d = v - k; s1 += d; s2 += d * d. Every tile, the centre moves to the current mean kn by the identity
+//   sum((v - kn)^2) = sum((v - k)^2) - de * (2 * s1 - n * de),  de = kn - k
+// which holds for any kn, so neither the division nor its rounding needs care. No cancellation, whatever mean / std is.
 template <typename A>
 struct LaneMoments {
   Block<A> k, s1, s2;
@@ -26,37 +52,41 @@ struct LaneMoments {
   int64_t n = 0, next_tile = kFirstTile;
 
   // Adds `blocks` blocks, `stride` elements apart, of which the first `lanes` lanes exist.
-  template <bool kPartial, typename T>
-  void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = 0) {
-    const auto next = [&] {
-      const T* at = p;
-      p += stride;
-      if constexpr (kPartial)
-        return load_block(at, lanes);
-      else
-        return load_block(at);
-    };
-    if (blocks > 0 && n == 0) {
-      k = next();
-      for (int q = 0; q < kVecs; ++q) s1.v[q] = s2.v[q] = Vec<A>(0);
-      for (double& m : m2) m = 0;
+  template <typename T>
+  void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
+    if (n == 0 && blocks > 0) {
+      for (int q = 0; q < kVecs; ++q) k.v[q] = s1.v[q] = s2.v[q] = Vec<A>(0);
+      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+        const Block<A, V> x = load(p);
+        for (int q = 0; q < V; ++q) k.v[first + q] = x.v[q];
+      });
       n = 1;
+      p += stride;
       --blocks;
     }
     while (blocks > 0) {
       const int64_t tile = std::min(blocks, next_tile - n);
-      const Block<A> centre = k;
-      Block<A> sum = s1, squares = s2;
-      for (int64_t i = 0; i < tile; ++i) {
-        const Block<A> x = next();
-        for (int q = 0; q < kVecs; ++q) {
-          const Vec<A> d = x.v[q] - centre.v[q];
-          sum.v[q] = sum.v[q] + d;
-          squares.v[q] = at::vec::fmadd(d, d, squares.v[q]);
+      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+        Vec<A> centre[V], sum[V], squares[V];
+        for (int q = 0; q < V; ++q) {
+          centre[q] = k.v[first + q];
+          sum[q] = s1.v[first + q];
+          squares[q] = s2.v[first + q];
         }
-      }
-      s1 = sum;
-      s2 = squares;
+        for (int64_t i = 0; i < tile; ++i) {
+          const Block<A, V> x = load(p + i * stride);
+          for (int q = 0; q < V; ++q) {
+            const Vec<A> d = x.v[q] - centre[q];
+            sum[q] = sum[q] + d;
+            squares[q] = at::vec::fmadd(d, d, squares[q]);
+          }
+        }
+        for (int q = 0; q < V; ++q) {
+          s1.v[first + q] = sum[q];
+          s2.v[first + q] = squares[q];
+        }
+      });
+      p += tile * stride;
       n += tile;
       blocks -= tile;
       if (n == next_tile) recentre();
@@ -72,17 +102,12 @@ struct LaneMoments {
       s1.v[q] = s1.v[q] - count * step;
       k.v[q] = moved;
     }
-    flush(s2, m2);
+    flush(s2, m2, first_tile(), m2);
+    for (int q = 0; q < kVecs; ++q) s2.v[q] = Vec<A>(0);
     next_tile = n + kTile;
   }
 
-  // Moves fp32 partial sums to the fp64 totals behind them.
-  static void flush(Block<A>& partial, double* total) {
-    alignas(64) A lanes[kLanes<A>];
-    partial.store(lanes);
-    for (int64_t l = 0; l < kLanes<A>; ++l) total[l] += lanes[l];
-    for (int q = 0; q < kVecs; ++q) partial.v[q] = Vec<A>(0);
-  }
+  bool first_tile() const { return next_tile == kFirstTile; }
 };
 
 // sum(dy) and sum(dy * (x - mean)) of each lane.
@@ -90,45 +115,58 @@ template <typename A>
 struct LaneGradSums {
   Block<A> mean, s1, s2;
   double sum[kLanes<A>], dot[kLanes<A>];
-  int64_t n = 0;
+  int64_t n;  // blocks in s1 and s2
+  bool first_tile;
 
   void reset(const Block<A>& centre) {
     mean = centre;
-    for (int q = 0; q < kVecs; ++q) s1.v[q] = s2.v[q] = Vec<A>(0);
-    for (int64_t l = 0; l < kLanes<A>; ++l) sum[l] = dot[l] = 0;
-    n = 0;
+    first_tile = true;
+    clear();
   }
 
-  template <bool kPartial, typename T>
-  void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = 0) {
-    const auto get = [&](const T* at) {
-      if constexpr (kPartial)
-        return load_block(at, lanes);
-      else
-        return load_block(at);
-    };
+  template <typename T>
+  void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
     while (blocks > 0) {
       const int64_t tile = std::min(blocks, kTile - n);
-      const Block<A> centre = mean;
-      Block<A> a = s1, b = s2;
-      for (int64_t i = 0; i < tile; ++i, dy += stride, x += stride) {
-        const Block<A> g = get(dy), v = get(x);
-        for (int q = 0; q < kVecs; ++q) {
-          a.v[q] = a.v[q] + g.v[q];
-          b.v[q] = at::vec::fmadd(g.v[q], v.v[q] - centre.v[q], b.v[q]);
+      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+        Vec<A> centre[V], sums[V], dots[V];
+        for (int q = 0; q < V; ++q) {
+          centre[q] = mean.v[first + q];
+          sums[q] = s1.v[first + q];
+          dots[q] = s2.v[first + q];
         }
-      }
-      s1 = a;
-      s2 = b;
+        for (int64_t i = 0; i < tile; ++i) {
+          const Block<A, V> g = load(dy + i * stride), v = load(x + i * stride);
+          for (int q = 0; q < V; ++q) {
+            sums[q] = sums[q] + g.v[q];
+            dots[q] = at::vec::fmadd(g.v[q], v.v[q] - centre[q], dots[q]);
+          }
+        }
+        for (int q = 0; q < V; ++q) {
+          s1.v[first + q] = sums[q];
+          s2.v[first + q] = dots[q];
+        }
+      });
+      dy += tile * stride;
+      x += tile * stride;
       n += tile;
       blocks -= tile;
-      if (n == kTile) flush();
+      if (n == kTile) {
+        finish(sum, dot);
+        first_tile = false;
+        clear();
+      }
     }
   }
 
-  void flush() {
-    LaneMoments<A>::flush(s1, sum);
-    LaneMoments<A>::flush(s2, dot);
+  void finish(double* sums, double* dots) const {
+    flush(s1, sum, first_tile, sums);
+    flush(s2, dot, first_tile, dots);
+  }
+
+ private:
+  void clear() {
+    for (int q = 0; q < kVecs; ++q) s1.v[q] = s2.v[q] = Vec<A>(0);
     n = 0;
   }
 };

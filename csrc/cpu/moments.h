@@ -17,14 +17,15 @@ struct MomentSets {
 
   template <typename A>
   void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) {
-    alignas(64) A buffer[3][kLanes<A>];
-    lanes.k.store(buffer[0]);
-    lanes.s1.store(buffer[1]);
-    lanes.s2.store(buffer[2]);
+    alignas(64) A centre[kLanes<A>], first[kLanes<A>];
+    double second[kLanes<A>];
+    spill(lanes.k, centre);
+    spill(lanes.s1, first);
+    flush(lanes.s2, lanes.m2, lanes.first_tile(), second);
     for (int64_t l = 0; l < width; ++l) {
-      k[at + l] = buffer[0][l];
-      s1[at + l] = buffer[1][l];
-      s2[at + l] = buffer[2][l] + lanes.m2[l];
+      k[at + l] = centre[l];
+      s1[at + l] = first[l];
+      s2[at + l] = second[l];
       n[at + l] = static_cast<double>(lanes.n);
     }
   }
@@ -53,6 +54,14 @@ struct MomentSets {
     m2 = squares < 0 ? 0 : squares;
   }
 };
+
+inline double sum_of(const double* p, int64_t n) {
+  constexpr int64_t width = Vec<double>::size();
+  Vec<double> sum(0);
+  for (; n >= width; n -= width, p += width) sum = sum + Vec<double>::loadu(p);
+  if (n > 0) sum = sum + Vec<double>::loadu(p, n);
+  return at::vec::vec_reduce_all<double>([](Vec<double> a, Vec<double> b) { return a + b; }, sum);
+}
 
 // Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, and are rare enough to
 // be summed again in fp64. A constant channel has m2 == 0 and is not affected; nor is one that holds inf or nan.

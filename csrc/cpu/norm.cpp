@@ -30,9 +30,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Runs of a channel shorter than this are read column by column: several vectors of a run must repay its start.
-constexpr int64_t kRowInner = 64;
+#define kRowInner (getenv("RI") ? atoll(getenv("RI")) : (geometry.outer >= 32 ? 256 : 2 * geometry.outer + 1))
 // Outputs from this size on are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
+#define kStreamBytes (getenv("SB") ? atoll(getenv("SB")) : (8<<20))
 
 template <typename A, int kCount>
 class CoefficientTable {
@@ -105,10 +105,8 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
   Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
   double* const mean_out = stats.mutable_data_ptr<double>();
   double* const invstd_out = mean_out + channels;
-  const PerChannel w = PerChannel::read(weight, 1), b = PerChannel::read(bias, 0);
-  // Evaluation only reads the running statistics, and must not count as a write.
-  const auto tracked = [&](const OptionalTensor& t) { return training ? PerChannel::write(t) : PerChannel::read(t, 0); };
-  const PerChannel tracked_mean = tracked(running_mean), tracked_var = tracked(running_var);
+  const auto w = read_channels(weight, channels, 1), b = read_channels(bias, channels, 0);
+  const auto old_mean = read_channels(running_mean, channels, 0), old_var = read_channels(running_var, channels, 0);
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
     using T = scalar_t;
@@ -116,17 +114,20 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
     const T* const in = x.const_data_ptr<T>();
     T* const out = y.mutable_data_ptr<T>();
     CoefficientTable<A, 3> table(channels);
-    const auto normalize_with = [&](int64_t c, double mean, double var) {
-      const double invstd = 1 / std::sqrt(var + eps);
-      mean_out[c] = mean;
-      invstd_out[c] = invstd;
-      const Affine<A> affine = make_affine<A>(mean, invstd, w[c], b[c]);
-      table.at(0, c) = affine.mean;
-      table.at(1, c) = affine.scale;
-      table.at(2, c) = affine.shift;
+    const auto normalize_with = [&](int64_t first, int64_t width, const double* mean, const double* var) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t c = first + i;
+        const double invstd = 1 / std::sqrt(var[i] + eps);
+        const Affine<A> affine = make_affine<A>(mean[i], invstd, w[c], b[c]);
+        mean_out[c] = mean[i];
+        invstd_out[c] = invstd;
+        table.at(0, c) = affine.mean;
+        table.at(1, c) = affine.scale;
+        table.at(2, c) = affine.shift;
+      }
     };
-    if (!training)
-      for (int64_t c = 0; c < channels; ++c) normalize_with(c, tracked_mean[c], tracked_var[c]);
+    if (!training) normalize_with(0, channels, old_mean.get(), old_var.get());
     if (x.numel() == 0) {
       if (training) stats.fill_(std::nan(""));  // no element, no statistics, nothing to track
       return;
@@ -140,11 +141,17 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
 
     const Geometry geometry = geometry_of(x);
     const double count = static_cast<double>(geometry.count());
-    const auto finish = [&](int64_t c, double mean, double m2) {
-      normalize_with(c, mean, m2 / count);
+    const auto finish = [&](int64_t first, int64_t width, double* mean, double* m2) {
+      for (int64_t i = 0; i < width; ++i) m2[i] /= count;
+      normalize_with(first, width, mean, m2);
       if (!running_mean) return;
-      tracked_mean.set(c, (1 - factor) * tracked_mean[c] + factor * mean);
-      tracked_var.set(c, (1 - factor) * tracked_var[c] + factor * (m2 / (count - 1)));
+      const double unbiased = count / (count - 1);
+      for (int64_t i = 0; i < width; ++i) {
+        mean[i] = (1 - factor) * old_mean[first + i] + factor * mean[i];
+        m2[i] = (1 - factor) * old_var[first + i] + factor * (m2[i] * unbiased);
+      }
+      write_channels(*running_mean, first, width, mean);
+      write_channels(*running_var, first, width, m2);
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming(y, [&](auto streaming) {
@@ -180,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   Tensor dx = want_dx ? empty_output_like(x) : Tensor();
   Tensor dweight = want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), parameter_options) : Tensor();
   Tensor dbias = want_dbias ? at::empty({channels}, parameter_options) : Tensor();
-  const PerChannel w = PerChannel::read(weight, 1), dw = PerChannel::write(dweight), db = PerChannel::write(dbias);
+  const auto w = read_channels(weight, channels, 1);
   const double* const mean = stats.const_data_ptr<double>();
   const double* const invstd = mean + channels;
   const bool want_sums = want_dweight || want_dbias || (want_dx && training);
@@ -194,18 +201,24 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     const Geometry geometry = geometry_of(x);
     CoefficientTable<A, 4> table(channels);
     for (int64_t c = 0; c < channels; ++c) table.at(0, c) = static_cast<A>(mean[c]);
-    const auto finish = [&](int64_t c, double sum, double dot) {
-      const GradSums sums = make_grad_sums(sum, dot, mean[c], table.at(0, c), invstd[c]);
-      dw.set(c, sums.dweight);
-      db.set(c, sums.dbias);
-      const GradAffine<A> affine =
-          make_grad_affine<A>(sums, static_cast<double>(geometry.count()), mean[c], invstd[c], w[c]);
-      table.at(1, c) = affine.slope;
-      table.at(2, c) = affine.offset;
-      table.at(3, c) = affine.scale;
+    const double count = static_cast<double>(geometry.count());
+    const auto finish = [&](int64_t first, int64_t width, double* sum, double* dot) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t c = first + i;
+        const GradSums sums = make_grad_sums(sum[i], dot[i], mean[c], table.at(0, c), invstd[c]);
+        const GradAffine<A> affine = make_grad_affine<A>(sums, count, mean[c], invstd[c], w[c]);
+        table.at(1, c) = affine.slope;
+        table.at(2, c) = affine.offset;
+        table.at(3, c) = affine.scale;
+        dot[i] = sums.dweight;
+      }
+      if (want_dweight) write_channels(dweight, first, width, dot);
+      if (want_dbias) write_channels(dbias, first, width, sum);
     };
     if (x.numel() == 0) {
-      for (int64_t c = 0; c < channels; ++c) dw.set(c, 0), db.set(c, 0);
+      if (want_dweight) dweight.zero_();
+      if (want_dbias) dbias.zero_();
       return;
     }
     with_pattern<T>(geometry, [&](const auto& pattern) {

@@ -1,69 +1,40 @@
-// A tensor with one value per channel, of any of the floating dtypes, seen as fp64.
+// Tensors with one value per channel, of any of the floating dtypes, as arrays of fp64.
 #pragma once
 
+#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 namespace batchnorm_ext::cpu {
 
-class PerChannel {
- public:
-  // An absent tensor reads as `absent` everywhere.
-  static PerChannel read(const std::optional<at::Tensor>& tensor, double absent) {
-    return tensor ? PerChannel(*tensor, const_cast<void*>(tensor->const_data_ptr())) : PerChannel(absent);
-  }
-  static PerChannel write(const std::optional<at::Tensor>& tensor) {
-    return tensor && tensor->defined() ? PerChannel(*tensor, tensor->mutable_data_ptr()) : PerChannel(0);
-  }
+inline int64_t per_channel_stride(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.stride(0) : 1; }
 
-  double operator[](int64_t c) const {
-    const int64_t at = c * stride_;
-    switch (dtype_) {
-      case at::kFloat:
-        return static_cast<const float*>(data_)[at];
-      case at::kDouble:
-        return static_cast<const double*>(data_)[at];
-      case at::kBFloat16:
-        return static_cast<float>(static_cast<const at::BFloat16*>(data_)[at]);
-      case at::kHalf:
-        return static_cast<float>(static_cast<const at::Half*>(data_)[at]);
-      default:
-        return absent_;
-    }
+// All values; an absent tensor reads as `absent` everywhere.
+inline std::unique_ptr<double[]> read_channels(const std::optional<at::Tensor>& tensor, int64_t channels,
+                                               double absent) {
+  std::unique_ptr<double[]> values(new double[channels]);
+  if (!tensor) {
+    std::fill_n(values.get(), channels, absent);
+    return values;
   }
+  const int64_t stride = per_channel_stride(*tensor);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor->scalar_type(), "read_channels", [&] {
+    const scalar_t* const from = tensor->const_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<double>(from[c * stride]);
+  });
+  return values;
+}
 
-  // Does nothing for an absent tensor.
-  void set(int64_t c, double value) const {
-    const int64_t at = c * stride_;
-    switch (dtype_) {
-      case at::kFloat:
-        static_cast<float*>(data_)[at] = static_cast<float>(value);
-        break;
-      case at::kDouble:
-        static_cast<double*>(data_)[at] = value;
-        break;
-      case at::kBFloat16:
-        static_cast<at::BFloat16*>(data_)[at] = static_cast<float>(value);
-        break;
-      case at::kHalf:
-        static_cast<at::Half*>(data_)[at] = static_cast<float>(value);
-        break;
-      default:
-        break;
-    }
-  }
-
- private:
-  explicit PerChannel(double absent) : absent_(absent) {}
-  PerChannel(const at::Tensor& tensor, void* data)
-      : data_(data), dtype_(tensor.scalar_type()), stride_(tensor.dim() == 1 ? tensor.stride(0) : 1) {}
-
-  void* data_ = nullptr;
-  at::ScalarType dtype_ = at::ScalarType::Undefined;
-  int64_t stride_ = 0;
-  double absent_ = 0;
-};
+// Channels [first, first + count).
+inline void write_channels(const at::Tensor& tensor, int64_t first, int64_t count, const double* values) {
+  const int64_t stride = per_channel_stride(tensor);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor.scalar_type(), "write_channels", [&] {
+    scalar_t* const to = static_cast<scalar_t*>(tensor.data_ptr()) + first * stride;
+    for (int64_t c = 0; c < count; ++c) to[c * stride] = static_cast<scalar_t>(values[c]);
+  });
+}
 
 }  // namespace batchnorm_ext::cpu

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "../geometry.h"
 #include "moments.h"
@@ -16,6 +15,7 @@ class Row {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
   static constexpr int64_t kChunk = 16384;  // elements reduced before the lanes are folded
+  static constexpr int64_t kShortRun = 4;   // blocks
 
  public:
   explicit Row(const Geometry& geometry) : g(geometry) {
@@ -39,11 +39,9 @@ class Row {
     const Span s = span(block, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
-    const T* run = x + s.offset;
-    for (int64_t r = 0; r < s.runs; ++r, run += stride()) {
-      body.template add<false>(run, L, whole);
-      if (rest) tail.template add<true>(run + whole * L, L, 1, rest);
-    }
+    const T* const first = x + s.offset;
+    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first + at, step, blocks); });
+    if (rest) tail.add(first + whole * L, stride(), s.runs, rest);
     MomentSets<2 * L> sets;
     if (whole) sets.take(0, body, L);
     if (rest) sets.take(whole ? L : 0, tail, rest);
@@ -65,20 +63,16 @@ class Row {
     LaneGradSums<A> body, tail;
     body.reset(centre);
     tail.reset(centre);
-    int64_t at = s.offset;
-    for (int64_t r = 0; r < s.runs; ++r, at += stride()) {
-      body.template add<false>(dy + at, x + at, L, whole);
-      if (rest) tail.template add<true>(dy + at + whole * L, x + at + whole * L, L, 1, rest);
-    }
-    body.flush();
-    tail.flush();
-    for (const auto& [into, from] : {std::pair{body.sum, tail.sum}, std::pair{body.dot, tail.dot}}) {
-      for (int64_t l = 0; l < L; ++l) into[l] += from[l];
-      for (int64_t half = L / 2; half > 0; half /= 2)
-        for (int64_t l = 0; l < half; ++l) into[l] += into[half + l];
-    }
-    *sum = body.sum[0];
-    *dot = body.dot[0];
+    const T *const first_dy = dy + s.offset, *const first = x + s.offset;
+    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) {
+      body.add(first_dy + at, first + at, step, blocks);
+    });
+    if (rest) tail.add(first_dy + whole * L, first + whole * L, stride(), s.runs, rest);
+    double sums[2 * L], dots[2 * L];
+    body.finish(sums, dots);
+    if (rest) tail.finish(sums + L, dots + L);
+    *sum = sum_of(sums, L + rest);
+    *dot = sum_of(dots, L + rest);
   }
 
   // out = op(coefficients of the channel, in...) over one chunk.
@@ -91,6 +85,7 @@ class Row {
     const auto f = [&](int64_t, const auto&... v) { return op(c, v...); };
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
+    if constexpr (kStream) stream_fence();
   }
 
  private:
@@ -100,6 +95,16 @@ class Row {
   };
 
   int64_t stride() const { return g.stats * g.inner; }
+
+  // The whole blocks of all runs, as stretches of blocks `step` apart: along the runs, or down the chunk where runs are
+  // too short to repay loading the accumulators for each.
+  template <typename F>
+  void for_each_stretch(const Span& s, int64_t whole, const F& f) const {
+    if (whole > kShortRun)
+      for (int64_t r = 0; r < s.runs; ++r) f(r * stride(), L, whole);
+    else
+      for (int64_t j = 0; j < whole; ++j) f(j * L, stride(), s.runs);
+  }
 
   Span span(int64_t block, int64_t chunk) const {
     const int64_t run = chunk / pieces * runs, start = chunk % pieces * piece;

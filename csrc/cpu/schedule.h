@@ -31,7 +31,7 @@ struct Schedule {
 
 // reduce(block, chunk, a, b)         writes two numbers per channel of the block
 // merge(n, n2, width, a, b, a2, b2)  merges into the totals of n elements per channel those of the next n2
-// finish(channel, a, b)              takes the totals of one channel
+// finish(first, width, a, b)         takes the totals of channels [first, first + width), and may overwrite them
 // map(block, chunk)                  may use what finish left
 template <typename Pattern, typename Reduce, typename Merge, typename Finish, typename Map>
 void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Reduce& reduce, const Merge& merge,
@@ -50,7 +50,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
           reduce(block, chunk, a2, b2);
           merge(n, pattern.count(chunk), width, a, b, a2, b2);
         }
-        for (int64_t c = 0; c < width; ++c) finish(pattern.first(block) + c, a[c], b[c]);
+        finish(pattern.first(block), width, a, b);
         for (int64_t chunk = chunks; chunk-- > 0;) map(block, chunk);  // backwards: the end is still in the cache
       }
     });
@@ -73,7 +73,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
       const double* a2 = part(chunk, begin);
       merge(n, pattern.count(chunk), end - begin, a, a + stats, a2, a2 + stats);
     }
-    for (int64_t c = 0; c < end - begin; ++c) finish(begin + c, a[c], a[stats + c]);
+    finish(begin, end - begin, a, a + stats);
   });
   at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks);

@@ -1,5 +1,5 @@
-// The only file that knows the instruction set. A Block is kLanes elements, widened to the accumulation type and
-// held in four vector registers: enough independent chains to hide the latency of a fused multiply-add.
+// The only file that knows the instruction set. Elements are read, computed on and written in blocks of whole vectors,
+// widened to the accumulation type.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,44 +18,33 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename A>
 using Vec = at::vec::Vectorized<A>;
 
+// Vectors of a full block: enough independent chains to hide the latency of a fused multiply-add.
 constexpr int kVecs = 4;
 
 template <typename A>
 constexpr int64_t kLanes = kVecs* Vec<A>::size();
 
-template <typename A>
-struct Block {
-  Vec<A> v[kVecs];
+// Vectors that one vector of T widens to: the smallest block.
+template <typename T>
+constexpr int kParts = Vec<T>::size() / Vec<Acc<T>>::size();
 
-  void store(A* out) const {
-    for (int q = 0; q < kVecs; ++q) v[q].store(out + q * Vec<A>::size());
-  }
+template <typename A, int V = kVecs>
+struct Block {
+  Vec<A> v[V];
 };
 
-// Loads kLanes elements.
-template <typename T>
-inline Block<Acc<T>> load_block(const T* p) {
-  using A = Acc<T>;
-  Block<A> block;
-  if constexpr (std::is_same_v<T, A>) {
-    for (int q = 0; q < kVecs; ++q) block.v[q] = Vec<A>::loadu(p + q * Vec<A>::size());
-  } else {
-    for (int q = 0; q < kVecs; q += 2)
-      std::tie(block.v[q], block.v[q + 1]) =
-          at::vec::convert_to_float<T>(Vec<T>::loadu(p + q * Vec<A>::size()));
-  }
-  return block;
+template <typename A>
+inline void spill(const Block<A>& block, A* lanes) {
+  for (int q = 0; q < kVecs; ++q) block.v[q].store(lanes + q * Vec<A>::size());
 }
 
-// Loads the first `count` < kLanes elements; the other lanes are zero.
-template <typename T>
-inline Block<Acc<T>> load_block(const T* p, int64_t count) {
-  using A = Acc<T>;
-  constexpr int64_t step = Vec<T>::size();
-  Block<A> block;
-  for (int q = 0; q < kVecs; q += step / Vec<A>::size(), p += step, count -= step) {
-    const Vec<T> part = count > 0 ? Vec<T>::loadu(p, std::min(count, step)) : Vec<T>(T(0));
-    if constexpr (std::is_same_v<T, A>)
+// Loads V vectors. `from(first, width)` gives one vector of T.
+template <typename T, int V, typename From>
+inline Block<Acc<T>, V> widen(const From& from) {
+  Block<Acc<T>, V> block;
+  for (int q = 0; q < V; q += kParts<T>) {
+    const Vec<T> part = from(q / kParts<T> * Vec<T>::size());
+    if constexpr (kParts<T> == 1)
       block.v[q] = part;
     else
       std::tie(block.v[q], block.v[q + 1]) = at::vec::convert_to_float<T>(part);
@@ -63,19 +52,32 @@ inline Block<Acc<T>> load_block(const T* p, int64_t count) {
   return block;
 }
 
-// Calls put(vector, index of its first element) for each vector of T that the block narrows to.
-template <typename T, typename Put>
-inline void each_stored_vector(const Block<Acc<T>>& block, const Put& put) {
-  using A = Acc<T>;
-  if constexpr (std::is_same_v<T, A>) {
-    for (int q = 0; q < kVecs; ++q) put(block.v[q], q * Vec<A>::size());
-  } else {
-    for (int q = 0; q < kVecs; q += 2)
-      put(at::vec::convert_from_float<T>(block.v[q], block.v[q + 1]), q * Vec<A>::size());
+template <int V, typename T>
+inline Block<Acc<T>, V> load_block(const T* p) {
+  return widen<T, V>([&](int64_t first) { return Vec<T>::loadu(p + first); });
+}
+
+// Loads the first `count` elements; the other lanes are zero.
+template <int V, typename T>
+inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
+  return widen<T, V>([&](int64_t first) {
+    const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
+    return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
+  });
+}
+
+// Narrows a block and calls put(vector of T, index of its first element) for each vector of it.
+template <typename T, int V, typename Put>
+inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
+  for (int q = 0; q < V; q += kParts<T>) {
+    if constexpr (kParts<T> == 1)
+      put(block.v[q], q * Vec<T>::size());
+    else
+      put(at::vec::convert_from_float<T>(block.v[q], block.v[q + 1]), q / kParts<T> * Vec<T>::size());
   }
 }
 
-// Writes past the caches, for an output that would only push its own input out of them. `p` is aligned to 64 bytes.
+// Writes past the caches, for an output that would only push its own input out of them. `p` is aligned to a vector.
 template <typename V>
 inline void stream(const V& value, void* p) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -87,15 +89,16 @@ inline void stream(const V& value, void* p) {
 #endif
 }
 
+// Makes streamed writes visible to other threads in order; once per chunk.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
 #endif
 }
 
-template <bool kStream, typename T>
-inline void store_block(T* p, const Block<Acc<T>>& block) {
-  each_stored_vector<T>(block, [&](const Vec<T>& part, int64_t first) {
+template <bool kStream, typename T, int V>
+inline void store_block(T* p, const Block<Acc<T>, V>& block) {
+  narrow<T>(block, [&](const Vec<T>& part, int64_t first) {
     if constexpr (kStream)
       stream(part, p + first);
     else
@@ -103,34 +106,35 @@ inline void store_block(T* p, const Block<Acc<T>>& block) {
   });
 }
 
-// Stores the first `count` < kLanes elements.
-template <typename T>
-inline void store_block(T* p, const Block<Acc<T>>& block, int64_t count) {
-  each_stored_vector<T>(block, [&](const Vec<T>& part, int64_t first) {
-    if (count > first) part.store(p + first, std::min<int64_t>(count - first, Vec<T>::size()));
-  });
-}
-
 // out[i] = f(i, in[i]...) for i in [0, n). `f` takes the index of a vector's first lane and one vector of each input.
 template <bool kStream, typename T, typename F, typename... In>
 inline void transform(T* out, int64_t n, const F& f, const In*... in) {
   using A = Acc<T>;
-  constexpr int64_t L = kLanes<A>;
-  const auto apply = [&](int64_t i, const auto&... x) {
-    Block<A> y;
-    for (int q = 0; q < kVecs; ++q) y.v[q] = f(i + q * Vec<A>::size(), x.v[q]...);
+  constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
+  const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) {
+    Block<A, V> y;
+    for (int q = 0; q < V; ++q) y.v[q] = f(i + q * Vec<A>::size(), x.v[q], more.v[q]...);
     return y;
+  };
+  const auto step = [&]<int V, bool kThisStream>(int64_t i) {
+    store_block<kThisStream>(out + i, apply(i, load_block<V>(in + i)...));
+  };
+  const auto partial = [&](int64_t i, int64_t count) {
+    const Block<A, kParts<T>> y = apply(i, load_block<kParts<T>>(in + i, count)...);
+    narrow<T>(y, [&](const Vec<T>& part, int64_t) { part.store(out + i, count); });
   };
   int64_t i = 0;
   if constexpr (kStream) {
-    const int64_t head = (-reinterpret_cast<intptr_t>(out) & 63) / sizeof(T);
-    if (head > 0) {
-      i = std::min(head, n);
-      store_block(out, apply(0, load_block(in, i)...), i);
-    }
+    i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out) & (width * sizeof(T) - 1)) / sizeof(T));
+    if (i > 0) partial(0, i);
   }
-  for (; i + L <= n; i += L) store_block<kStream>(out + i, apply(i, load_block(in + i)...));
-  if (i < n) store_block(out + i, apply(i, load_block(in + i, n - i)...), n - i);
+  for (; i + L <= n; i += L) step.template operator()<kVecs, kStream>(i);
+  for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
+  if (i == n) return;
+  if (kStream || n < width)
+    partial(i, n - i);
+  else  // overlaps its neighbour: to write an element twice is cheaper than to mask, but not past the caches
+    step.template operator()<kParts<T>, false>(n - width);
 }
 
 }  // namespace batchnorm_ext::cpu

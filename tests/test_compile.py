@@ -1,0 +1,138 @@
+"""Under the compilers: the numbers of eager mode, and statistics updated once per step."""
+
+import copy
+
+import pytest
+import torch
+from support import assert_bitwise
+from torch import nn
+
+import batchnorm_ext
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+# what surrounds the operator is fused by inductor and rounds elsewhere: float32, values of order 1
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def _model(momentum):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        batchnorm_ext.BatchNorm2d(8, momentum=momentum),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
+        batchnorm_ext.BatchNorm1d(5, momentum=momentum, affine=False),
+    )
+    return model
+
+
+def _train(model, module, steps=3):
+    """The losses of a few steps, and where they lead."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 3, 6, 6, generator=generator)).pow(3).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), module.state_dict()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training(backend, momentum):
+    eager, module = _model(momentum), _model(momentum)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    losses, state = _train(compiled, module)
+    expected_losses, expected_state = _train(eager, eager)
+    torch.testing.assert_close(losses, expected_losses, **CLOSE)
+    for name, value in expected_state.items():
+        torch.testing.assert_close(state[name], value, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+    assert module[1].num_batches_tracked.item() == 3
+    assert module[5].num_batches_tracked.item() == 3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_in_both_memory_formats(dtype, backend):
+    module = batchnorm_ext.BatchNorm2d(7)
+    module(torch.randn(4, 7, 5, 5))
+    module.eval()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    x = torch.randn(2, 7, 5, 6).to(dtype)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = x.to(memory_format=memory_format)
+        y = compiled(x)
+        assert y.is_contiguous(memory_format=memory_format) and y.dtype == dtype
+        assert_bitwise("y", y, module(x))
+    assert module.num_batches_tracked.item() == 1
+
+
+def test_changing_sizes():
+    """Dynamic shapes, also of a batch that is transposed in memory."""
+    eager, module = (batchnorm_ext.BatchNorm1d(5) for _ in range(2))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length in [(3, 4), (7, 9), (2, 33)]:
+        x = torch.randn(batch, length, 5).transpose(1, 2)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        y, expected = compiled(leaves[0]), eager(leaves[1])
+        assert_bitwise("y", y, expected)
+        assert y.stride() == expected.stride()
+        y.pow(2).sum().backward()
+        expected.pow(2).sum().backward()
+        assert_bitwise("dx", leaves[0].grad, leaves[1].grad)
+    for name, value in eager.state_dict().items():
+        assert_bitwise(name, module.state_dict()[name], value)
+
+
+def test_autocast():
+    eager, module = _model(0.1), _model(0.1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(6, 3, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = compiled(x), eager(x)
+    assert y.dtype == expected.dtype
+    assert_bitwise("y", y, expected)
+    assert module[1].running_var.dtype == torch.float32
+    assert_bitwise("running_var", module[1].running_var, eager[1].running_var)
+
+
+def test_transform_inside():
+    """The native function is used inside the graph; saying so in the log must not break it."""
+    module = batchnorm_ext.BatchNorm2d(3).eval()
+
+    def gradient(x):
+        return torch.func.grad(lambda x: module(x).pow(2).sum())(x)
+
+    x = torch.randn(2, 3, 4, 4)
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    assert_bitwise("dx", compiled(x), gradient(x))
+
+
+def test_export_in_evaluation():
+    model = _model(0.1)
+    model(torch.randn(6, 3, 6, 6))
+    x = torch.randn(6, 3, 6, 6)
+    program = torch.export.export(model.eval(), (x,))
+    assert not program.graph_signature.buffers_to_mutate
+    assert_bitwise("y", program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_export_in_training(momentum):
+    model = batchnorm_ext.BatchNorm2d(3, momentum=momentum)
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 5, 5)
+    exported = torch.export.export(model, (x,))
+    mutated = exported.run_decompositions({}).graph_signature.buffers_to_mutate
+    assert set(mutated.values()) == {"running_mean", "running_var", "num_batches_tracked"}
+    assert model.num_batches_tracked.item() == 0, "exporting ran the model"
+    module = exported.module()
+    for _ in range(2):
+        assert_bitwise("y", module(x), twin(x))
+    for name, value in twin.named_buffers():
+        assert_bitwise(name, module.get_buffer(name), value)

@@ -1,0 +1,169 @@
+"""Bad input: the exception type of PyTorch, a message that helps, and no state changed."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm_ext
+import batchnorm_ext.functional as ours
+
+
+def _arguments(**changed):
+    arguments = {
+        "input": torch.randn(4, 3, 2, 2),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "weight": torch.randn(3),
+        "bias": torch.randn(3),
+        "training": True,
+        "momentum": 0.1,
+        "eps": 1e-5,
+    }
+    return arguments | changed
+
+
+def _bad_calls():
+    """Which argument is bad, what is wrong, the changes, what the message must hold."""
+    meta, double, half = torch.device("meta"), torch.float64, torch.float16
+    for training in (True, False):
+        both = {"training": training}
+        yield "input", "1-D", {"input": torch.randn(3), **both}, ["dimension", "2", "1"]
+        yield "input", "int64", {"input": torch.ones(4, 3).long(), **both}, ["float32", "[Ll]ong"]
+        yield "input", "bool", {"input": torch.ones(4, 3).bool(), **both}, ["float32", "[Bb]ool"]
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            for size in (2, 4, 0):
+                tensor = torch.ones(size)
+                yield name, f"size {size}", {name: tensor, **both}, ["3", str(size)]
+            for dtype, word in [(double, "[Dd]ouble|float64"), (half, "[Hh]alf|float16")]:
+                yield (
+                    name,
+                    str(dtype),
+                    {name: torch.ones(3, dtype=dtype), **both},
+                    ["float32", word],
+                )
+            long = torch.ones(3).long()
+            yield name, "int64", {name: long, **both}, ["float32", "[Ll]ong|int64"]
+            yield name, "on meta", {name: torch.ones(3, device=meta), **both}, ["cpu", "meta"]
+        yield "eps", "negative", {"eps": -1.0, **both}, ["positive|negative", "-1"]
+    yield "eps", "zero in training", {"eps": 0.0}, ["positive", "0"]
+    one = torch.randn(1, 3, 1, 1)
+    yield (
+        "input",
+        "one value per channel",
+        {"input": one},
+        ["more than 1 value per channel", r"1, 3, 1, 1"],
+    )
+    for name in ("running_mean", "running_var"):
+        yield name, "alone missing in training", {name: None}, ["both|either", "None"]
+        missing = {name: None, "training": False}
+        yield name, "alone missing in eval", missing, ["defined|None|eval"]
+    neither = {"running_mean": None, "running_var": None, "training": False}
+    yield "running_mean", "missing in eval", neither, ["eval"]
+
+
+CALLS = list(_bad_calls())
+
+
+@pytest.mark.parametrize("name, what, changed, held", CALLS, ids=[f"{c[0]} {c[1]}" for c in CALLS])
+def test_function(name, what, changed, held):
+    arguments = _arguments(**changed)
+    tensors = {k: v for k, v in arguments.items() if torch.is_tensor(v) and not v.is_meta}
+    before = {k: v.clone() for k, v in tensors.items()}
+    with pytest.raises(Exception) as native:
+        F.batch_norm(**{k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()})
+    with pytest.raises(Exception) as raised:
+        ours.batch_norm(**arguments)
+    assert type(raised.value) is type(native.value), f"{raised.value!r} for {native.value!r}"
+    for words in [name, *held]:
+        raised.match(words)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, before[key]), f"{key} changed"
+
+
+MODULES = [
+    (nn.BatchNorm1d, (2,)),
+    (nn.BatchNorm1d, (2, 3, 4, 5)),
+    (nn.BatchNorm2d, (2, 3)),
+    (nn.BatchNorm2d, (2, 3, 4)),
+    (nn.BatchNorm2d, (2, 3, 4, 5, 6)),
+    (nn.BatchNorm3d, (2, 3, 4, 5)),
+    (nn.BatchNorm1d, (1, 3)),
+    (nn.BatchNorm2d, (1, 3, 1, 1)),
+    (nn.BatchNorm3d, (1, 3, 1, 1, 1)),
+    (nn.BatchNorm2d, (2, 4, 2, 2)),
+    (nn.BatchNorm1d, (4, 2)),
+]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind, size", MODULES, ids=[f"{k.__name__} {s}" for k, s in MODULES])
+def test_module(kind, size, momentum):
+    native = kind(3, momentum=momentum)
+    converted = batchnorm_ext.convert(copy.deepcopy(native))
+    x = torch.randn(size)
+    with pytest.raises(Exception) as expected:
+        native(x)
+    before = copy.deepcopy(converted.state_dict())
+    with pytest.raises(Exception) as raised:
+        converted(x)
+    assert type(raised.value) is type(expected.value)
+    channels_differ = len(size) > 1 and size[1] != 3
+    raised.match(r"running_mean|weight" if channels_differ else r"expected \dD|more than 1 value")
+    for name, value in converted.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} changed"
+
+
+def test_module_dtypes():
+    module = batchnorm_ext.BatchNorm2d(3).double()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="weight|running_mean"):
+        module(torch.randn(2, 3, 4, 5))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} changed"
+
+
+def test_cumulative_average_needs_a_counter():
+    with pytest.raises(ValueError, match="num_batches_tracked"):
+        x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+        torch.ops.batchnorm_ext.batch_norm(x, None, None, mean, var, None, True, None, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "tracked", [torch.tensor(0.0), torch.tensor(0).int(), torch.zeros(3).long()], ids=str
+)
+def test_counter_must_be_one_int64(tracked):
+    mean, var, before = torch.zeros(3), torch.ones(3), tracked.clone()
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        torch.ops.batchnorm_ext.batch_norm(
+            torch.randn(4, 3), None, None, mean, var, tracked, True, 0.1, 1e-5
+        )
+    assert torch.equal(tracked, before) and mean.eq(0).all() and var.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("dy", torch.randn(4, 2)),
+        ("dy", torch.randn(4, 3).double()),
+        ("dy", torch.randn(4, 3, device="meta")),
+        ("weight", torch.ones(4)),
+        ("stats", torch.ones(3, 2).double()),
+        ("stats", torch.ones(2, 3)),
+        ("stats", torch.ones(2, 4).double()),
+    ],
+    ids=lambda v: v if isinstance(v, str) else f"{v.dtype}{list(v.shape)}{v.device}",
+)
+def test_backward_operator(name, value):
+    arguments = {
+        "dy": torch.randn(4, 3),
+        "x": torch.randn(4, 3),
+        "weight": torch.ones(3),
+        "stats": torch.ones(2, 3).double(),
+    }
+    with pytest.raises(RuntimeError, match=f"expected {name}"):
+        torch.ops.batchnorm_ext.batch_norm_backward(
+            **(arguments | {name: value}), training=True, output_mask=[True] * 3
+        )
