@@ -8,6 +8,7 @@ Environment:
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -24,8 +25,11 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 PACKAGE = "batchnorm_ext"
 DEBUG = os.environ.get("DEBUG", "0") == "1"
-FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
+# errno would keep sqrt from being vectorized
+FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+# at::parallel_for is inlined into the kernels, and serial there without it.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would choose is loaded.
 INSTRUCTION_SETS = {"default": []}
@@ -60,7 +64,8 @@ def extensions() -> list:
             CppExtension(
                 f"{PACKAGE}._cpu_{name}",
                 sources("csrc/cpu/*.cpp"),
-                extra_compile_args=[*flags, f"-DCPU_CAPABILITY={name.upper()}", *isa],
+                extra_compile_args=[*flags, *OPENMP, f"-DCPU_CAPABILITY={name.upper()}", *isa],
+                extra_link_args=OPENMP,
             )
         )
     if with_cuda():

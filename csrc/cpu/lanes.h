@@ -3,6 +3,7 @@
 // only in the distance between the blocks they feed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "vec.h"
@@ -14,11 +15,6 @@ constexpr int64_t kTile = 32;
 // The first clean-up comes early, because the first centre is only the first element.
 constexpr int64_t kFirstTile = 8;
 
-// Moments of the values v seen by each lane, about a centre k that follows the mean:
-//   s1 = sum(v - k),  m2 + s2 = sum((v - k)^2)
-// Per element: d = v - k; s1 += d; s2 += d * d. Every tile, the centre moves to the current mean kn by the identity
-//   sum((v - kn)^2) = sum((v - k)^2) - de * (2 * s1 - n * de),  de = kn - k
-// which holds for any kn, so neither the division nor its rounding needs care. No cancellation, whatever mean / std is.
 // total + partial of each lane; `totals` is not read before the first flush into it.
 template <typename A>
 inline void flush(const Block<A>& partial, const double* totals, bool first, double* out) {

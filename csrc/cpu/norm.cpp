@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <memory>
@@ -29,11 +30,14 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Runs of a channel shorter than this are read column by column: several vectors of a run must repay its start.
-#define kRowInner (getenv("RI") ? atoll(getenv("RI")) : (geometry.outer >= 32 ? 256 : 2 * geometry.outer + 1))
-// Outputs from this size on are written past the caches.
-#define kStreamBytes (getenv("SB") ? atoll(getenv("SB")) : (8<<20))
+// Outputs from this size on are written past the caches: they would only push their own input out of them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// Long runs of a channel are read one by one. Short ones are read across channels, several vectors at a time, as long
+// as there are enough of them below each other to reduce.
+bool has_long_runs(const Geometry& g) { return g.inner >= 256 || (g.outer < 32 && g.inner > 2 * g.outer); }
+
+// kCount numbers per channel, each in a row of its own.
 template <typename A, int kCount>
 class CoefficientTable {
  public:
@@ -43,7 +47,7 @@ class CoefficientTable {
       : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
     for (int i = 0; i < kCount; ++i) view_[i] = values_.get() + i * pitch_;
   }
-  A& at(int i, int64_t channel) { return values_[i * pitch_ + channel]; }
+  A* row(int i) { return values_.get() + i * pitch_; }
   const View& view() const { return view_; }
 
  private:
@@ -78,9 +82,40 @@ struct Scale {
   Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
 };
 
+// Of channels [first, first + width). Separate rows, so that the compiler may turn channels into lanes.
+template <typename A>
+void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
+                   const double* invstd, const double* weight, const double* bias) {
+  A *const centre = table.row(0), *const scale = table.row(1), *const shift = table.row(2);
+#pragma GCC ivdep
+  for (int64_t c = first; c < first + width; ++c) {
+    const Affine<A> affine = make_affine<A>(mean[c], invstd[c], weight[c], bias[c]);
+    centre[c] = affine.mean;
+    scale[c] = affine.scale;
+    shift[c] = affine.shift;
+  }
+}
+
+// The same for NormalizeGrad, from sum(dy) and sum(dy * (x - centre)); leaves the gradient of the weight in `dot`.
+template <typename A>
+void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t width, const double* sum, double* dot,
+                        double count, const double* mean, const double* invstd, const double* weight) {
+  A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2), *const scale = table.row(3);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < width; ++i) {
+    const int64_t c = first + i;
+    const GradSums sums = make_grad_sums(sum[i], dot[i], mean[c], centre[c], invstd[c]);
+    const GradAffine<A> affine = make_grad_affine<A>(sums, count, mean[c], invstd[c], weight[c]);
+    slope[c] = affine.slope;
+    offset[c] = affine.offset;
+    scale[c] = affine.scale;
+    dot[i] = sums.dweight;
+  }
+}
+
 template <typename T, typename F>
 void with_pattern(const Geometry& geometry, const F& f) {
-  if (geometry.inner >= kRowInner)
+  if (has_long_runs(geometry))
     f(Row<T>(geometry));
   else
     f(Column<T>(geometry));
@@ -115,17 +150,9 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
     T* const out = y.mutable_data_ptr<T>();
     CoefficientTable<A, 3> table(channels);
     const auto normalize_with = [&](int64_t first, int64_t width, const double* mean, const double* var) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t c = first + i;
-        const double invstd = 1 / std::sqrt(var[i] + eps);
-        const Affine<A> affine = make_affine<A>(mean[i], invstd, w[c], b[c]);
-        mean_out[c] = mean[i];
-        invstd_out[c] = invstd;
-        table.at(0, c) = affine.mean;
-        table.at(1, c) = affine.scale;
-        table.at(2, c) = affine.shift;
-      }
+      std::copy_n(mean, width, mean_out + first);
+      for (int64_t i = 0; i < width; ++i) invstd_out[first + i] = 1 / std::sqrt(var[i] + eps);
+      set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get());
     };
     if (!training) normalize_with(0, channels, old_mean.get(), old_var.get());
     if (x.numel() == 0) {
@@ -200,19 +227,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     T* const dx_out = want_dx ? dx.mutable_data_ptr<T>() : nullptr;
     const Geometry geometry = geometry_of(x);
     CoefficientTable<A, 4> table(channels);
-    for (int64_t c = 0; c < channels; ++c) table.at(0, c) = static_cast<A>(mean[c]);
+    A* const centre = table.row(0);
+    for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<A>(mean[c]);
     const double count = static_cast<double>(geometry.count());
     const auto finish = [&](int64_t first, int64_t width, double* sum, double* dot) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < width; ++i) {
-        const int64_t c = first + i;
-        const GradSums sums = make_grad_sums(sum[i], dot[i], mean[c], table.at(0, c), invstd[c]);
-        const GradAffine<A> affine = make_grad_affine<A>(sums, count, mean[c], invstd[c], w[c]);
-        table.at(1, c) = affine.slope;
-        table.at(2, c) = affine.offset;
-        table.at(3, c) = affine.scale;
-        dot[i] = sums.dweight;
-      }
+      set_normalize_grad(table, first, width, sum, dot, count, mean, invstd, w.get());
       if (want_dweight) write_channels(dweight, first, width, dot);
       if (want_dbias) write_channels(dbias, first, width, sum);
     };
@@ -239,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
             pattern.template map<streaming.value>(block, chunk, Scale<A>(), {table.view()[3]}, dx_out, dy_in);
         };
         if (want_sums) return reduce_then_map(pattern, schedule, reduce, merge, finish, map);
-        for (int64_t c = 0; c < channels; ++c) table.at(3, c) = static_cast<A>(w[c] * invstd[c]);
+        for (int64_t c = 0; c < channels; ++c) table.row(3)[c] = static_cast<A>(w[c] * invstd[c]);
         map_all(schedule, map);
       });
     });
