@@ -25,9 +25,10 @@ except ImportError as error:
 ROOT = Path(__file__).parent
 PACKAGE = "batchnorm_ext"
 DEBUG = os.environ.get("DEBUG", "0") == "1"
-# errno would keep sqrt from being vectorized
-FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno"]
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+# errno would keep sqrt from being vectorized; contraction would round the same expression differently in vector and
+# scalar code, and with it the result for different numbers of threads
+FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 # at::parallel_for is inlined into the kernels, and serial there without it.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 

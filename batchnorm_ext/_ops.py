@@ -66,7 +66,7 @@ def takes(input: Tensor) -> bool:
     ):
         return True
     reason = _refusal(input)
-    if reason is not None:
+    if reason is not None and not torch.compiler.is_compiling():
         _log_once(reason)
     return reason is None
 
@@ -121,12 +121,20 @@ def show_config() -> str:
 
 @torch.library.register_fake("batchnorm_ext::batch_norm")
 def _(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
-    _check_devices(x, weight, bias, running_mean, running_var, num_batches_tracked)
+    _check_devices(
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+    )
     return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("batchnorm_ext::batch_norm_backward")
 def _(dy, x, weight, stats, training, output_mask):
+    _check_devices(x, dy=dy, weight=weight, stats=stats)
     dx = torch.empty_like(x) if output_mask[0] else None
     if weight is not None:
         parameter = weight.new_empty(weight.shape)
@@ -138,9 +146,10 @@ def _(dy, x, weight, stats, training, output_mask):
     return dx, dweight, dbias
 
 
-def _check_devices(x, *tensors):
-    for tensor in tensors:
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(
-                f"batch_norm: expected all tensors to be on the device of input, {x.device}, got {tensor.device}"
+                f"batch_norm: expected {name} to be on the device of input, {x.device}, "
+                f"got {tensor.device}"
             )

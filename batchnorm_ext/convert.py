@@ -1,6 +1,7 @@
 """Switching the batch normalization layers of an existing model over to this library, and back."""
 
 import warnings
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -37,20 +38,14 @@ def convert(module: Module) -> Module:
 
         >>> model = batchnorm_ext.convert(torchvision.models.resnet50())
     """
-    skipped = _swap(module, _OURS)
-    if skipped:
-        warnings.warn(
-            "batchnorm_ext.convert left these layers as they are, because they are subclasses and may compute something "
-            "else: " + ", ".join(skipped),
-            stacklevel=2,
-        )
-    return module
+    return _swap(module, _OURS, is_done=_is_ours)
 
 
 def revert(module: Module) -> Module:
     """Undo :func:`convert`: make every layer of this library in ``module`` the ``torch.nn`` layer it stands for.
 
-    In place and as lossless as :func:`convert`; subclasses of this library's layers are left alone.
+    In place and as lossless as :func:`convert`; subclasses of this library's layers are left as
+    they are.
 
     Args:
         module: any module, converted or built with this library's classes.
@@ -58,24 +53,40 @@ def revert(module: Module) -> Module:
     Returns:
         ``module``.
 
+    Warns:
+        UserWarning: names the subclasses of this library's layers that were left.
+
     Example::
 
         >>> torch.save(batchnorm_ext.revert(model), "model.pt")   # loads where batchnorm_ext is not installed
     """
-    _swap(module, _NATIVE)
-    return module
+    return _swap(module, _NATIVE, is_done=lambda layer: not _is_ours(layer))
 
 
-def _swap(module: nn.Module, classes: dict[type, type]) -> list[str]:
-    """Change classes by the table; return the subclasses that were left, as ``name (Class)``."""
+def _is_ours(layer: nn.Module) -> bool:
+    return isinstance(layer, tuple(_NATIVE))
+
+
+def _swap(
+    module: Module, classes: dict[type, type], is_done: Callable[[nn.Module], bool]
+) -> Module:
+    """Change classes by the table, and warn of the subclasses that are left."""
     skipped = []
     for name, layer in module.named_modules():
+        if is_done(layer):
+            continue
         kind = type(layer)
         if kind in classes:
             layer.__class__ = classes[kind]
         elif parametrize.is_parametrized(layer) and kind.__base__ in classes:
             # register_parametrization gave this layer a class of its own, which holds the parametrized properties
             layer.__class__ = type(kind.__name__, (classes[kind.__base__],), dict(kind.__dict__))
-        elif isinstance(layer, tuple(classes)) and not isinstance(layer, tuple(classes.values())):
+        elif isinstance(layer, tuple(classes)):
             skipped.append(f"{name or 'the module itself'} ({kind.__qualname__})")
-    return skipped
+    if skipped:
+        warnings.warn(
+            "left as they are, because they are subclasses and may compute something else: "
+            + ", ".join(skipped),
+            stacklevel=3,
+        )
+    return module

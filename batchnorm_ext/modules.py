@@ -4,7 +4,7 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 checks and ``isinstance`` are those of ``torch.nn``.
 """
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from batchnorm_ext import _ops
 
@@ -23,6 +23,9 @@ class _FusedForward:
 
     def forward(self, input: Tensor) -> Tensor:
         if not _ops.takes(input):
+            if isinstance(input, fx.Proxy):  # as for torch.nn, a layer is one node of the graph
+                path = input.tracer.path_of_module(self)
+                return input.tracer.create_proxy("call_module", path, (input,), {})
             return super().forward(input)
         self._check_input_dim(input)
         training = self.training

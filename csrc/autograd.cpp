@@ -94,6 +94,14 @@ variable_list double_backward(const Tensor& ddx_, const Tensor& ddw_, const Tens
   return {grad_dy.to(dy_.scalar_type()), grad_x.to(x_.scalar_type()), grad_weight};
 }
 
+// A Function cannot return an undefined tensor, so only the wanted outputs pass through one. This puts them in place.
+variable_list spread(const variable_list& wanted, const std::array<bool, 3>& output_mask) {
+  variable_list all(3);
+  for (size_t i = 0, next = 0; i < 3; ++i)
+    if (output_mask[i]) all[i] = wanted[next++];
+  return all;
+}
+
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                const Tensor& stats, bool training, std::array<bool, 3> output_mask) {
@@ -101,12 +109,18 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({dy, x, weight.value_or(Tensor()), stats});
     ctx->saved_data["training"] = training;
+    ctx->saved_data["output_mask"] = output_mask;
     auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, stats, training, output_mask);
-    return {dx, dweight, dbias};
+    variable_list wanted;
+    for (const Tensor& grad : {dx, dweight, dbias})
+      if (grad.defined()) wanted.push_back(grad);
+    return wanted;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& wanted) {
     const variable_list saved = ctx->get_saved_variables();
+    const auto mask = ctx->saved_data["output_mask"].toBoolList();
+    const variable_list grads = spread(wanted, {mask[0], mask[1], mask[2]});
     variable_list result = double_backward(grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3],
                                            ctx->saved_data["training"].toBool());
     result.resize(6);
@@ -126,6 +140,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->mark_non_differentiable({stats});
     ctx->save_for_backward({x, weight.value_or(Tensor()), stats});
     ctx->saved_data["training"] = training;
+    ctx->saved_data["has_bias"] = bias.has_value();
     return {y, stats};
   }
 
@@ -134,8 +149,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const std::array<bool, 3> output_mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                             ctx->needs_input_grad(2)};
+    // Only the tensors that were given count as inputs.
+    const bool has_weight = saved[1].defined(), has_bias = ctx->saved_data["has_bias"].toBool();
+    const std::array<bool, 3> output_mask = {ctx->needs_input_grad(0), has_weight && ctx->needs_input_grad(1),
+                                             has_bias && ctx->needs_input_grad(1 + has_weight)};
     auto [dx, dweight, dbias] = backward_op().call(dy, saved[0], optional(saved[1]), saved[2],
                                                    ctx->saved_data["training"].toBool(), output_mask);
     result[0] = std::move(dx);
@@ -165,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const T
                                                        const Tensor& stats, bool training,
                                                        std::array<bool, 3> output_mask) {
   if (at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(x) || requires_grad(weight))) {
-    variable_list out = BatchNormBackward::apply(dy, x, weight, stats, training, output_mask);
+    variable_list out = spread(BatchNormBackward::apply(dy, x, weight, stats, training, output_mask), output_mask);
     return {std::move(out[0]), std::move(out[1]), std::move(out[2])};
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -40,10 +40,11 @@ inline void check_forward(const at::Tensor& x, const std::optional<at::Tensor>& 
   check_per_channel(x, bias, "bias");
   check_per_channel(x, running_mean, "running_mean");
   check_per_channel(x, running_var, "running_var");
+  TORCH_CHECK(training || (running_mean && running_var),
+              "batch_norm: expected running_mean and running_var in evaluation, got None");
   TORCH_CHECK_VALUE(running_mean.has_value() == running_var.has_value(),
                     "batch_norm: expected running_mean and running_var to be both given or both None, got only ",
                     running_mean ? "running_mean" : "running_var");
-  TORCH_CHECK(training || running_mean, "batch_norm: expected running_mean and running_var in evaluation, got None");
   TORCH_CHECK_VALUE(eps > 0 || (!training && eps == 0), "batch_norm: expected eps to be positive",
                     training ? " in training" : " or zero", ", got ", eps);
   if (!training) return;

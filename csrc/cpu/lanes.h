@@ -12,7 +12,7 @@ namespace batchnorm_ext::cpu {
 
 // Blocks between two clean-ups of an accumulator: fp32 sums stay this short, everything longer is summed in fp64.
 constexpr int64_t kTile = 32;
-// The first clean-up comes early, because the first centre is only the first element.
+// Blocks whose mean is the first centre. They are read twice, the second time from the nearest cache.
 constexpr int64_t kFirstTile = 8;
 
 // total + partial of each lane; `totals` is not read before the first flush into it.
@@ -45,21 +45,12 @@ template <typename A>
 struct LaneMoments {
   Block<A> k, s1, s2;
   double m2[kLanes<A>];
-  int64_t n = 0, next_tile = kFirstTile;
+  int64_t n = 0, next_tile = kTile;
 
   // Adds `blocks` blocks, `stride` elements apart, of which the first `lanes` lanes exist.
   template <typename T>
   void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
-    if (n == 0 && blocks > 0) {
-      for (int q = 0; q < kVecs; ++q) k.v[q] = s1.v[q] = s2.v[q] = Vec<A>(0);
-      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
-        const Block<A, V> x = load(p);
-        for (int q = 0; q < V; ++q) k.v[first + q] = x.v[q];
-      });
-      n = 1;
-      p += stride;
-      --blocks;
-    }
+    if (n == 0 && blocks > 0) start(p, stride, std::min(blocks, kFirstTile), lanes);
     while (blocks > 0) {
       const int64_t tile = std::min(blocks, next_tile - n);
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
@@ -89,6 +80,26 @@ struct LaneMoments {
     }
   }
 
+  bool first_tile() const { return next_tile == kTile; }
+
+ private:
+  // The first element alone is a poor centre where there are few elements.
+  template <typename T>
+  void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
+    for (int q = 0; q < kVecs; ++q) k.v[q] = s1.v[q] = s2.v[q] = Vec<A>(0);
+    const Vec<A> inverse(A(1) / static_cast<A>(blocks));
+    for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+      const Block<A, V> x = load(p);
+      Vec<A> sum[V];
+      for (int q = 0; q < V; ++q) sum[q] = Vec<A>(0);
+      for (int64_t i = 1; i < blocks; ++i) {
+        const Block<A, V> v = load(p + i * stride);
+        for (int q = 0; q < V; ++q) sum[q] = sum[q] + (v.v[q] - x.v[q]);
+      }
+      for (int q = 0; q < V; ++q) k.v[first + q] = at::vec::fmadd(sum[q], inverse, x.v[q]);
+    });
+  }
+
   void recentre() {
     const Vec<A> count(static_cast<A>(n)), inverse(A(1) / static_cast<A>(n)), two(2);
     for (int q = 0; q < kVecs; ++q) {
@@ -102,8 +113,6 @@ struct LaneMoments {
     for (int q = 0; q < kVecs; ++q) s2.v[q] = Vec<A>(0);
     next_tile = n + kTile;
   }
-
-  bool first_tile() const { return next_tile == kFirstTile; }
 };
 
 // sum(dy) and sum(dy * (x - mean)) of each lane.

@@ -49,9 +49,8 @@ struct MomentSets {
 
   void result(int64_t at, double& mean, double& m2) const {
     const double shift = s1[at] / n[at];
-    const double squares = s2[at] - s1[at] * shift;
     mean = k[at] + shift;
-    m2 = squares < 0 ? 0 : squares;
+    m2 = s2[at] - s1[at] * shift;
   }
 };
 
@@ -63,21 +62,24 @@ inline double sum_of(const double* p, int64_t n) {
   return at::vec::vec_reduce_all<double>([](Vec<double> a, Vec<double> b) { return a + b; }, sum);
 }
 
-// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, and are rare enough to
-// be summed again in fp64. A constant channel has m2 == 0 and is not affected; nor is one that holds inf or nan.
+// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, which then is negative
+// if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel has
+// m2 == 0 and is not affected; nor is one that holds inf or nan.
 template <typename T, typename ForEach>
 void mend_range(double count, const ForEach& for_each, double mean, double& m2) {
   if constexpr (!std::is_same_v<T, double>) {
     const bool overflow = !std::isfinite(m2) && std::isfinite(mean);
-    const bool underflow = m2 > 0 && m2 < count * 1e-30;
-    if (!overflow && !underflow) return;
-    double s1 = 0, s2 = 0;
-    for_each([&](double v) {
-      s1 += v - mean;
-      s2 += (v - mean) * (v - mean);
-    });
-    m2 = s2 - s1 * s1 / count;
+    const bool underflow = m2 != 0 && m2 < count * 1e-30;
+    if (overflow || underflow) {
+      double s1 = 0, s2 = 0;
+      for_each([&](double v) {
+        s1 += v - mean;
+        s2 += (v - mean) * (v - mean);
+      });
+      m2 = s2 - s1 * s1 / count;
+    }
   }
+  if (m2 < 0) m2 = 0;
 }
 
 }  // namespace batchnorm_ext::cpu
