@@ -2,8 +2,8 @@
 
 Environment:
   DEBUG=1                     no optimisation, debug symbols
-  BATCHNORM_EXT_CUDA=0|1      leave the CUDA kernels out / insist on them; by default they are built where both nvcc
-                              and a CUDA build of torch are found
+  BATCHNORM_EXT_CUDA=0|1      leave the CUDA kernels out / insist on them; by default they are built
+                              where both nvcc and a CUDA build of torch are found
 """
 
 import os
@@ -18,21 +18,27 @@ try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     raise SystemExit(
-        "batchnorm_ext builds against the torch that is installed, and none can be imported here: install torch >= 2.11 "
-        "and ninja first, then run `pip install --no-build-isolation .`"
+        "batchnorm_ext builds against the torch that is installed, and none can be imported here: "
+        "install torch >= 2.11 and ninja first, then run `pip install --no-build-isolation .`"
     ) from error
 
 ROOT = Path(__file__).parent
 PACKAGE = "batchnorm_ext"
 DEBUG = os.environ.get("DEBUG", "0") == "1"
-# errno would keep sqrt from being vectorized; contraction would round the same expression differently in vector and
-# scalar code, and with it the result for different numbers of threads
+# errno would keep sqrt from being vectorized; contraction would round the same expression
+# differently in vector and scalar code, and with it the result for different numbers of threads
 FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off"]
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# calls between the kernels need not go through the linkage table
+FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+WARNINGS = [
+    *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+]
 # at::parallel_for is inlined into the kernels, and serial there without it.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
-# One build of the CPU kernels per instruction set; at run time the one that torch itself would choose is loaded.
+# One build of the CPU kernels per instruction set; at run time the one that torch itself would
+# choose is loaded.
 INSTRUCTION_SETS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
@@ -72,7 +78,9 @@ def extensions() -> list:
     if with_cuda():
         modules.append(
             CUDAExtension(
-                f"{PACKAGE}._cuda", sources("csrc/cuda/*.cu"), extra_compile_args={"cxx": flags, "nvcc": FLAGS}
+                f"{PACKAGE}._cuda",
+                sources("csrc/cuda/*.cu"),
+                extra_compile_args={"cxx": flags, "nvcc": FLAGS},
             )
         )
     return modules
@@ -80,7 +88,9 @@ def extensions() -> list:
 
 # Read by batchnorm_ext/__init__.py before anything that was compiled is loaded.
 (ROOT / PACKAGE / "_build.py").write_text(
-    f'"""Written by setup.py."""\n\nTORCH = "{torch.__version__}"\nCUDA = {torch.version.cuda if with_cuda() else None!r}\n'
+    '"""Written by setup.py."""\n\n'
+    f'TORCH = "{torch.__version__}"\n'
+    f"CUDA = {torch.version.cuda if with_cuda() else None!r}\n"
 )
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

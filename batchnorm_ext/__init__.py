@@ -3,8 +3,9 @@
     import batchnorm_ext
     model = batchnorm_ext.convert(model)   # every nn.BatchNorm* in it now runs on the fused kernels
 
-``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes, ``functional.batch_norm`` for the
-function, ``revert`` undoes ``convert``, ``show_config`` tells how the library was built.
+``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes,
+``functional.batch_norm`` for the function, ``revert`` undoes ``convert``, ``show_config`` tells how
+the library was built.
 """
 
 from batchnorm_ext import functional

@@ -15,18 +15,20 @@ logger = logging.getLogger("batchnorm_ext")
 
 
 def _load() -> str:
-    """Load the operators and the CPU kernels for this machine; return the name of their instruction set."""
+    """Load the operators and the CPU kernels for this machine; return their instruction set."""
     try:
         from batchnorm_ext import _build
     except ImportError:
         raise ImportError(
-            "batchnorm_ext is not built: run `pip install --no-build-isolation .` in its source directory"
+            "batchnorm_ext is not built: run `pip install --no-build-isolation .` in its source "
+            "directory"
         ) from None
     built, found = (".".join(v.split(".")[:2]) for v in (_build.TORCH, torch.__version__))
     if built != found:
         raise ImportError(
-            f"batchnorm_ext was built for torch {built} and cannot be loaded by torch {torch.__version__}: "
-            "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+            f"batchnorm_ext was built for torch {built} and cannot be loaded by torch "
+            f"{torch.__version__}: rebuild it with "
+            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         )
     from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
 
@@ -55,7 +57,7 @@ _DEVICES = frozenset(("cpu", "meta"))
 
 
 def takes(input: Tensor) -> bool:
-    """Whether the operators take this input here and now; if not, torch's own function is to be used."""
+    """Whether the operators take this input here and now; if not, use torch's own function."""
     if (
         type(input) in (Tensor, nn.Parameter)
         and input.dtype in _DTYPES
@@ -109,7 +111,9 @@ def show_config() -> str:
     import batchnorm_ext
     from batchnorm_ext import _C, _build
 
-    cuda = f"{_build.CUDA}, architectures {_build.CUDA_ARCHITECTURES}" if _build.CUDA else "not built"
+    cuda = (
+        f"{_build.CUDA}, architectures {_build.CUDA_ARCHITECTURES}" if _build.CUDA else "not built"
+    )
     return (
         f"batchnorm_ext {batchnorm_ext.__version__}\n"
         f"built for torch {_build.TORCH}, loaded by torch {torch.__version__}\n"

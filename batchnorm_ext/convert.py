@@ -18,12 +18,13 @@ _NATIVE = {ours: native for native, ours in _OURS.items()}
 
 
 def convert(module: Module) -> Module:
-    """Make every ``nn.BatchNorm1d/2d/3d`` in ``module`` (itself included), lazy or not, run on the fused kernels.
+    """Make every ``nn.BatchNorm1d/2d/3d`` in ``module`` run on the fused kernels.
 
-    In place and lossless: only the class of each layer changes. The module objects, their parameters and buffers
-    (shared ones stay shared), hooks, training flags, dtypes, devices and parametrizations are untouched, and an
-    optimizer that holds the parameters goes on. Only the exact ``torch.nn`` types are converted: a subclass may have
-    its own ``forward`` and is left as it is.
+    ``module`` itself and the lazy forms are included. In place and lossless: only the class of each
+    layer changes. The module objects, their parameters and buffers (shared ones stay shared),
+    hooks, training flags, dtypes, devices and parametrizations are untouched, and an optimizer that
+    holds the parameters goes on. Only the exact ``torch.nn`` types are converted: a subclass may
+    have its own ``forward`` and is left as it is.
 
     Args:
         module: any module; converting twice is harmless.
@@ -32,7 +33,8 @@ def convert(module: Module) -> Module:
         ``module``.
 
     Warns:
-        UserWarning: names the layers that derive from a batch normalization class and were left as they are.
+        UserWarning: names the layers that derive from a batch normalization class and were left as
+            they are.
 
     Example::
 
@@ -42,7 +44,7 @@ def convert(module: Module) -> Module:
 
 
 def revert(module: Module) -> Module:
-    """Undo :func:`convert`: make every layer of this library in ``module`` the ``torch.nn`` layer it stands for.
+    """Undo :func:`convert`: make every layer of this library the ``torch.nn`` layer it stands for.
 
     In place and as lossless as :func:`convert`; subclasses of this library's layers are left as
     they are.
@@ -58,7 +60,8 @@ def revert(module: Module) -> Module:
 
     Example::
 
-        >>> torch.save(batchnorm_ext.revert(model), "model.pt")   # loads where batchnorm_ext is not installed
+        >>> # can be loaded where batchnorm_ext is not installed
+        >>> torch.save(batchnorm_ext.revert(model), "model.pt")
     """
     return _swap(module, _NATIVE, is_done=lambda layer: not _is_ours(layer))
 
@@ -79,7 +82,8 @@ def _swap(
         if kind in classes:
             layer.__class__ = classes[kind]
         elif parametrize.is_parametrized(layer) and kind.__base__ in classes:
-            # register_parametrization gave this layer a class of its own, which holds the parametrized properties
+            # register_parametrization gave this layer a class of its own, which holds the
+            # parametrized properties
             layer.__class__ = type(kind.__name__, (classes[kind.__base__],), dict(kind.__dict__))
         elif isinstance(layer, tuple(classes)):
             skipped.append(f"{name or 'the module itself'} ({kind.__qualname__})")

@@ -22,16 +22,19 @@ def batch_norm(
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    with mean and (biased) variance per channel, over all other dimensions of ``input`` in training, from
-    ``running_mean`` and ``running_var`` otherwise. Source: Ioffe & Szegedy, *Batch Normalization: Accelerating Deep
-    Network Training by Reducing Internal Covariate Shift*, 2015, algorithms 1 and 2.
+    with mean and (biased) variance per channel, over all other dimensions of ``input`` in training,
+    from ``running_mean`` and ``running_var`` otherwise. Source: Ioffe & Szegedy, *Batch
+    Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift*, 2015,
+    algorithms 1 and 2.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the output keeps it.
-            Any other input is handed to :func:`torch.nn.functional.batch_norm`.
-        running_mean, running_var: ``(C,)``, or both None (then ``training`` must be true). In training they move to
-            the statistics of the batch by ``momentum``, the variance to the unbiased one.
-        weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of input's dtype.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to :func:`torch.nn.functional.batch_norm`.
+        running_mean, running_var: ``(C,)``, or both None (then ``training`` must be true). In
+            training they move to the statistics of the batch by ``momentum``, the variance to the
+            unbiased one.
+        weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of
+            input's dtype.
         training: use the statistics of the batch.
         momentum: share of the batch in the new running statistics.
         eps: added to the variance; positive in training.
@@ -40,8 +43,10 @@ def batch_norm(
         Tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
-        ValueError: one value per channel in training; eps out of range; only one running statistic given.
-        RuntimeError: sizes, dtypes or devices that do not fit together; no running statistics in evaluation.
+        ValueError: one value per channel in training; eps out of range; only one running statistic
+            given.
+        RuntimeError: sizes, dtypes or devices that do not fit together; no running statistics in
+            evaluation.
         NotImplementedError: integer or boolean input.
 
     Example::
@@ -55,6 +60,4 @@ def batch_norm(
         return _ops.batch_norm(
             input, weight, bias, running_mean, running_var, None, training, momentum, eps
         )[0]
-    return F.batch_norm(
-        input, running_mean, running_var, weight, bias, training, momentum, eps
-    )
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

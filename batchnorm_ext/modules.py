@@ -1,7 +1,7 @@
 """Drop-ins for the batch normalization classes of ``torch.nn``.
 
-Each class derives from its counterpart and replaces ``forward`` alone, so that constructor, ``state_dict``, ``repr``,
-checks and ``isinstance`` are those of ``torch.nn``.
+Each class derives from its counterpart and replaces ``forward`` alone, so that constructor,
+``state_dict``, ``repr``, checks and ``isinstance`` are those of ``torch.nn``.
 """
 
 from torch import Tensor, fx, nn
@@ -29,8 +29,8 @@ class _FusedForward:
             return super().forward(input)
         self._check_input_dim(input)
         training = self.training
-        # In training without tracking the buffers, if any, are neither read nor written; in evaluation without buffers
-        # the statistics are those of the batch.
+        # In training without tracking the buffers, if any, are neither read nor written; in
+        # evaluation without buffers the statistics are those of the batch.
         if training and not self.track_running_stats:
             mean = var = batches = None
         else:
@@ -46,9 +46,10 @@ class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` on the fused kernels, for ``(N, C)`` and ``(N, C, L)``.
 
     Arguments, ``state_dict`` and errors are those of the ``torch.nn`` class; see
-    :func:`batchnorm_ext.functional.batch_norm` for what is computed and which dtypes are taken. Every dense memory
-    format is kept, also that of ``(N, L, C).transpose(1, 2)``, and ``momentum=None``, the cumulative average, works
-    under ``torch.compile(fullgraph=True)``. An empty batch leaves the statistics and ``num_batches_tracked`` alone.
+    :func:`batchnorm_ext.functional.batch_norm` for what is computed and which dtypes are taken.
+    Every dense memory format is kept, also that of ``(N, L, C).transpose(1, 2)``, and
+    ``momentum=None``, the cumulative average, works under ``torch.compile(fullgraph=True)``. An
+    empty batch leaves the statistics and ``num_batches_tracked`` alone.
 
     Example::
 
@@ -58,7 +59,9 @@ class BatchNorm1d(_FusedForward, nn.BatchNorm1d):
 
 
 class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on the fused kernels, for ``(N, C, H, W)``; see :class:`BatchNorm1d`.
+    """:class:`torch.nn.BatchNorm2d` on the fused kernels, for ``(N, C, H, W)``.
+
+    See :class:`BatchNorm1d`.
 
     Example::
 
@@ -69,7 +72,9 @@ class BatchNorm2d(_FusedForward, nn.BatchNorm2d):
 
 
 class BatchNorm3d(_FusedForward, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` on the fused kernels, for ``(N, C, D, H, W)``; see :class:`BatchNorm1d`.
+    """:class:`torch.nn.BatchNorm3d` on the fused kernels, for ``(N, C, D, H, W)``.
+
+    See :class:`BatchNorm1d`.
 
     Example::
 
@@ -92,12 +97,12 @@ class LazyBatchNorm1d(_FusedForward, nn.LazyBatchNorm1d):
 
 
 class LazyBatchNorm2d(_FusedForward, nn.LazyBatchNorm2d):
-    """A :class:`BatchNorm2d` that takes ``num_features`` from its first input; see :class:`LazyBatchNorm1d`."""
+    """A :class:`BatchNorm2d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_FusedForward, nn.LazyBatchNorm3d):
-    """A :class:`BatchNorm3d` that takes ``num_features`` from its first input; see :class:`LazyBatchNorm1d`."""
+    """A :class:`BatchNorm3d` that takes ``num_features`` from its first input."""
 
     cls_to_become = BatchNorm3d

@@ -1,7 +1,7 @@
 // Derivatives of the ops. The kernels are reached through the dispatcher, so that tracing sees them.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -134,8 +134,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                bool training, std::optional<double> momentum, double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, stats] = forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                        momentum, eps);
+    auto [y, stats] =
+        forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({stats});
     ctx->save_for_backward({x, weight.value_or(Tensor()), stats});
@@ -170,8 +170,8 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& wei
                                       const OptionalTensor& num_batches_tracked, bool training,
                                       std::optional<double> momentum, double eps) {
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(weight) || requires_grad(bias))) {
-    variable_list out = BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                                         momentum, eps);
+    variable_list out =
+        BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
     return {std::move(out[0]), std::move(out[1])};
   }
   at::AutoDispatchBelowADInplaceOrView guard;

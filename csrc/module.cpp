@@ -1,4 +1,5 @@
-// The Python module `batchnorm_ext._C`: importing it loads the schemas and the autograd rules; it tells how it was built.
+// The Python module `batchnorm_ext._C`: importing it loads the schemas and the autograd rules; it tells how it was
+// built.
 #include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(_C, m) {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import tolerances
 import torch
-from cases import AFFINE, LAYOUTS, Case
 from torch import Tensor
 
+import tolerances
 from batchnorm_ext import reference
 from batchnorm_ext.reference import along_channels, reduced_dims
+from cases import AFFINE, LAYOUTS, Case
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm
 batch_norm_backward = torch.ops.batchnorm_ext.batch_norm_backward

@@ -1,9 +1,11 @@
 """Hard statistics: errors against those of native PyTorch, and inputs that break simpler sums."""
 
 import pytest
-import tolerances
 import torch
 import torch.nn.functional as F
+
+import tolerances
+from batchnorm_ext import reference
 from cases import LAYOUTS, Case
 from support import (
     Problem,
@@ -15,8 +17,6 @@ from support import (
     check_forward,
     make_problem,
 )
-
-from batchnorm_ext import reference
 
 FORMATS = ["contiguous", "channels_last"]
 both_formats = pytest.mark.parametrize("layout", FORMATS)

@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+
+import batchnorm_ext.functional as ours
 from cases import EVAL_CASES, LAYOUTS, TRAINING_CASES, Case
 from support import (
     assert_bitwise,
@@ -12,8 +14,6 @@ from support import (
     check_gradients,
     make_problem,
 )
-
-import batchnorm_ext.functional as ours
 
 
 @pytest.mark.parametrize("case", TRAINING_CASES, ids=str)

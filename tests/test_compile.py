@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from support import assert_bitwise
 from torch import nn
 
 import batchnorm_ext
+from support import assert_bitwise
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 

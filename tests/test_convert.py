@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from support import assert_bitwise
 from torch import nn
 from torch.nn.utils import parametrize
 
 import batchnorm_ext
 from batchnorm_ext import convert, revert
+from support import assert_bitwise
 
 
 class NormAndActivation(nn.BatchNorm2d):

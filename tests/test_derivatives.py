@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+
 from cases import LAYOUTS
 from support import batch_norm, batch_norm_backward
-from torch.autograd import gradcheck, gradgradcheck
 
 INPUTS = [((4, 3), "contiguous"), ((2, 3, 2, 3), "contiguous"), ((2, 3, 2, 3), "channels_last")]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, EVAL_CASES, LAYOUTS, TRAINING_CASES, Case
-from support import assert_bitwise, check_forward, make_problem
 
 import batchnorm_ext.functional as ours
+from cases import CASES, EVAL_CASES, LAYOUTS, TRAINING_CASES, Case
+from support import assert_bitwise, check_forward, make_problem
 
 
 @pytest.mark.parametrize("case", TRAINING_CASES, ids=str)

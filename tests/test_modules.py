@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from cases import LAYOUTS
-from support import assert_bitwise
 from torch import nn
 
 import batchnorm_ext
+from cases import LAYOUTS
+from support import assert_bitwise
 
 KINDS = {
     "BatchNorm1d": (6, 3, 5),

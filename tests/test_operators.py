@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+
 from cases import LAYOUTS, Case
 from support import batch_norm, batch_norm_backward, make_problem
-from torch._subclasses import FakeTensorMode
 
 CASES = [
     Case((4, 3)),

@@ -1,9 +1,10 @@
 """Random sizes, layouts, dtypes and options against the oracle."""
 
 import torch
-from cases import AFFINE, DTYPES, LAYOUTS, Case
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from cases import AFFINE, DTYPES, LAYOUTS, Case
 from support import check_backward, check_forward, make_problem
 
 

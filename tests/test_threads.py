@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cases import Case
 from support import assert_bitwise, batch_norm_backward, make_problem
 

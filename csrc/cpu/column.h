@@ -8,6 +8,7 @@
 
 #include "../geometry.h"
 #include "moments.h"
+#include "schedule.h"
 
 namespace batchnorm_ext::cpu {
 
@@ -15,21 +16,20 @@ template <typename T>
 class Column {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
-  static constexpr int64_t kColumns = 2048;  // of a block: its accumulators stay in the nearest caches
-  static constexpr int64_t kFoldable = 512;  // rows at least this wide lose little to a ragged last vector
-  static constexpr int64_t kMinRows = 128;   // of a chunk: what makes the folding of its lanes cheap
-  static constexpr int64_t kChunk = 131072;  // elements
+  static constexpr int64_t kColumns = 2048;       // of a block: its accumulators stay in the nearest caches
+  static constexpr int64_t kFoldable = 512;       // rows at least this wide lose little to a ragged last vector
+  static constexpr int64_t kMinRows = 128;        // of a chunk: what makes the folding of its lanes cheap
+  static constexpr int64_t kChunk = 131072;       // elements
   static constexpr int64_t kMaxPartials = 65536;  // statistics of all chunks together: 1 MB
 
  public:
   explicit Column(const Geometry& geometry) : g(geometry) {
     const int64_t narrow = g.stats * g.inner;
     while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
-    stats_per_block = fold > 1 ? g.stats : std::max<int64_t>(1, std::min(g.stats, kColumns / g.inner));
+    stats_per_block = fold > 1 ? g.stats : even_share(g.stats, std::max<int64_t>(1, kColumns / g.inner));
     rows = g.outer / fold;
     const int64_t columns = stats_per_block * g.inner * fold;
-    rows_per_chunk = std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials});
-    rows_per_chunk = (rows_per_chunk + kTile - 1) / kTile * kTile;
+    rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials}));
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 
@@ -70,8 +70,7 @@ class Column {
     }
   }
 
-  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum,
-                 double* dot) const {
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {
     const Span s = span(block, chunk);
     LaneGradSums<A> lanes[kColumns / L + 1];
     A spread[kColumns + L];
@@ -83,8 +82,7 @@ class Column {
     for (int64_t r = 0; r < s.rows; r += kFirstTile, at += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
       for (int64_t j = 0; j < whole; ++j) lanes[j].add(dy + at + j * L, x + at + j * L, stride(), tile);
-      if (rest)
-        lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
+      if (rest) lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
     }
     double sums[kColumns + L], dots[kColumns + L];
     for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);

@@ -2,6 +2,7 @@
 // on the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -56,15 +57,23 @@ struct MomentSets {
 
 inline double sum_of(const double* p, int64_t n) {
   constexpr int64_t width = Vec<double>::size();
-  Vec<double> sum(0);
-  for (; n >= width; n -= width, p += width) sum = sum + Vec<double>::loadu(p);
-  if (n > 0) sum = sum + Vec<double>::loadu(p, n);
-  return at::vec::vec_reduce_all<double>([](Vec<double> a, Vec<double> b) { return a + b; }, sum);
+  Vec<double> even(0), odd(0);
+  for (; n >= 2 * width; n -= 2 * width, p += 2 * width) {
+    even = even + Vec<double>::loadu(p);
+    odd = odd + Vec<double>::loadu(p + width);
+  }
+  if (n > 0) even = even + Vec<double>::loadu(p, std::min(n, width));
+  if (n > width) odd = odd + Vec<double>::loadu(p + width, n - width);
+  alignas(64) double lanes[width];
+  (even + odd).store(lanes);
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
 // Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, which then is negative
-// if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel has
-// m2 == 0 and is not affected; nor is one that holds inf or nan.
+// if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel
+// has m2 == 0 and is not affected; nor is one that holds inf or nan.
 template <typename T, typename ForEach>
 void mend_range(double count, const ForEach& for_each, double mean, double& m2) {
   if constexpr (!std::is_same_v<T, double>) {

@@ -43,8 +43,7 @@ class CoefficientTable {
  public:
   using View = const A* [kCount];
 
-  explicit CoefficientTable(int64_t stats)
-      : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
+  explicit CoefficientTable(int64_t stats) : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
     for (int i = 0; i < kCount; ++i) view_[i] = values_.get() + i * pitch_;
   }
   A* row(int i) { return values_.get() + i * pitch_; }
@@ -100,7 +99,8 @@ void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, 
 template <typename A>
 void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t width, const double* sum, double* dot,
                         double count, const double* mean, const double* invstd, const double* weight) {
-  A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2), *const scale = table.row(3);
+  A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2),
+           *const scale = table.row(3);
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const int64_t c = first + i;
@@ -212,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
   const auto parameter_options =
       weight ? weight->options() : x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Tensor dx = want_dx ? empty_output_like(x) : Tensor();
-  Tensor dweight = want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), parameter_options) : Tensor();
+  Tensor dweight =
+      want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), parameter_options) : Tensor();
   Tensor dbias = want_dbias ? at::empty({channels}, parameter_options) : Tensor();
   const auto w = read_channels(weight, channels, 1);
   const double* const mean = stats.const_data_ptr<double>();

@@ -54,8 +54,7 @@ class Row {
     mend_range<T>(count(chunk), for_each, *mean, *m2);
   }
 
-  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum,
-                 double* dot) const {
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {
     const Span s = span(block, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     Block<A> centre;
@@ -64,15 +63,15 @@ class Row {
     body.reset(centre);
     tail.reset(centre);
     const T *const first_dy = dy + s.offset, *const first = x + s.offset;
-    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) {
-      body.add(first_dy + at, first + at, step, blocks);
-    });
+    for_each_stretch(
+        s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first_dy + at, first + at, step, blocks); });
     if (rest) tail.add(first_dy + whole * L, first + whole * L, stride(), s.runs, rest);
     double sums[2 * L], dots[2 * L];
-    body.finish(sums, dots);
-    if (rest) tail.finish(sums + L, dots + L);
-    *sum = sum_of(sums, L + rest);
-    *dot = sum_of(dots, L + rest);
+    const int64_t used = whole ? L : 0;
+    if (whole) body.finish(sums, dots);
+    if (rest) tail.finish(sums + used, dots + used);
+    *sum = sum_of(sums, used + rest);
+    *dot = sum_of(dots, used + rest);
   }
 
   // out = op(coefficients of the channel, in...) over one chunk.

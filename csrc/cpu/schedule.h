@@ -7,10 +7,19 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <memory>
 
 namespace batchnorm_ext::cpu {
+
+// Cuts `total` into shares of at most `most`, and gives their size. Their number is a power of two or a multiple of
+// eight, which the usual numbers of threads divide.
+inline int64_t even_share(int64_t total, int64_t most) {
+  const auto n = static_cast<uint64_t>((total + most - 1) / most);
+  const auto shares = static_cast<int64_t>(n < 8 ? std::bit_ceil(n) : (n + 7) / 8 * 8);
+  return std::max<int64_t>(1, (total + shares - 1) / shares);
+}
 
 // Work that is not worth waking another thread for.
 constexpr int64_t kGrainElements = 32768;

@@ -22,7 +22,7 @@ using Vec = at::vec::Vectorized<A>;
 constexpr int kVecs = 4;
 
 template <typename A>
-constexpr int64_t kLanes = kVecs* Vec<A>::size();
+constexpr int64_t kLanes = kVecs * Vec<A>::size();
 
 // Vectors that one vector of T widens to: the smallest block.
 template <typename T>
