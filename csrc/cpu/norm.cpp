@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
   double* const mean_out = stats.mutable_data_ptr<double>();
   double* const invstd_out = mean_out + channels;
   const auto w = read_channels(weight, channels, 1), b = read_channels(bias, channels, 0);
-  const auto old_mean = read_channels(running_mean, channels, 0), old_var = read_channels(running_var, channels, 0);
+  const Channels running_means = read_channels(running_mean, channels, 0),
+                 running_vars = read_channels(running_var, channels, 0);
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
     using T = scalar_t;
@@ -154,7 +155,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
       for (int64_t i = 0; i < width; ++i) invstd_out[first + i] = 1 / std::sqrt(var[i] + eps);
       set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get());
     };
-    if (!training) normalize_with(0, channels, old_mean.get(), old_var.get());
+    if (!training) normalize_with(0, channels, running_means.get(), running_vars.get());
     if (x.numel() == 0) {
       if (training) stats.fill_(std::nan(""));  // no element, no statistics, nothing to track
       return;
@@ -168,17 +169,10 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
 
     const Geometry geometry = geometry_of(x);
     const double count = static_cast<double>(geometry.count());
-    const auto finish = [&](int64_t first, int64_t width, double* mean, double* m2) {
-      for (int64_t i = 0; i < width; ++i) m2[i] /= count;
-      normalize_with(first, width, mean, m2);
-      if (!running_mean) return;
-      const double unbiased = count / (count - 1);
-      for (int64_t i = 0; i < width; ++i) {
-        mean[i] = (1 - factor) * old_mean[first + i] + factor * mean[i];
-        m2[i] = (1 - factor) * old_var[first + i] + factor * (m2[i] * unbiased);
-      }
-      write_channels(*running_mean, first, width, mean);
-      write_channels(*running_var, first, width, m2);
+    const Channels var(new double[channels]);
+    const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
+      for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count;
+      normalize_with(first, width, mean, &var[first]);
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming(y, [&](auto streaming) {
@@ -197,6 +191,14 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
         reduce_then_map(pattern, schedule, reduce, merge, finish, map);
       });
     });
+    if (!training || !running_mean) return;
+    const double unbiased = count / (count - 1);
+    for (int64_t c = 0; c < channels; ++c) {
+      running_means[c] = (1 - factor) * running_means[c] + factor * mean_out[c];
+      running_vars[c] = (1 - factor) * running_vars[c] + factor * (var[c] * unbiased);
+    }
+    write_channels(*running_mean, channels, running_means.get());
+    write_channels(*running_var, channels, running_vars.get());
   });
   return {std::move(y), std::move(stats)};
 }
@@ -231,10 +233,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     A* const centre = table.row(0);
     for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<A>(mean[c]);
     const double count = static_cast<double>(geometry.count());
-    const auto finish = [&](int64_t first, int64_t width, double* sum, double* dot) {
+    const Channels dweight_sums(new double[channels]), dbias_sums(new double[channels]);
+    const auto finish = [&](int64_t first, int64_t width, const double* sum, double* dot) {
       set_normalize_grad(table, first, width, sum, dot, count, mean, invstd, w.get());
-      if (want_dweight) write_channels(dweight, first, width, dot);
-      if (want_dbias) write_channels(dbias, first, width, sum);
+      std::copy_n(dot, width, &dweight_sums[first]);
+      std::copy_n(sum, width, &dbias_sums[first]);
     };
     if (x.numel() == 0) {
       if (want_dweight) dweight.zero_();
@@ -263,6 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
         map_all(schedule, map);
       });
     });
+    if (want_dweight) write_channels(dweight, channels, dweight_sums.get());
+    if (want_dbias) write_channels(dbias, channels, dbias_sums.get());
   });
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }

@@ -11,12 +11,13 @@
 
 namespace batchnorm_ext::cpu {
 
+using Channels = std::unique_ptr<double[]>;
+
 inline int64_t per_channel_stride(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.stride(0) : 1; }
 
 // All values; an absent tensor reads as `absent` everywhere.
-inline std::unique_ptr<double[]> read_channels(const std::optional<at::Tensor>& tensor, int64_t channels,
-                                               double absent) {
-  std::unique_ptr<double[]> values(new double[channels]);
+inline Channels read_channels(const std::optional<at::Tensor>& tensor, int64_t channels, double absent) {
+  Channels values(new double[channels]);
   if (!tensor) {
     std::fill_n(values.get(), channels, absent);
     return values;
@@ -29,12 +30,11 @@ inline std::unique_ptr<double[]> read_channels(const std::optional<at::Tensor>& 
   return values;
 }
 
-// Channels [first, first + count).
-inline void write_channels(const at::Tensor& tensor, int64_t first, int64_t count, const double* values) {
+inline void write_channels(const at::Tensor& tensor, int64_t channels, const double* values) {
   const int64_t stride = per_channel_stride(tensor);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor.scalar_type(), "write_channels", [&] {
-    scalar_t* const to = static_cast<scalar_t*>(tensor.data_ptr()) + first * stride;
-    for (int64_t c = 0; c < count; ++c) to[c * stride] = static_cast<scalar_t>(values[c]);
+    scalar_t* const to = static_cast<scalar_t*>(tensor.data_ptr());
+    for (int64_t c = 0; c < channels; ++c) to[c * stride] = static_cast<scalar_t>(values[c]);
   });
 }
 
