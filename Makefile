@@ -44,7 +44,7 @@ bench: $(BUILT) $(VENV)/.bench
 	mkdir -p $(RUNS)
 	$(PY) benchmarks/bench.py $(BENCH) --json $(RUNS)/layers.json --plot $(RUNS)/layers.png
 	$(PY) benchmarks/bench.py $(BENCH) --mapped --json $(RUNS)/mapped.json
-	$(PY) benchmarks/model.py --json $(RUNS)/steps.json
+	$(PY) benchmarks/model.py $(if $(BENCH),--batch 2 --rounds 1) --json $(RUNS)/steps.json
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
