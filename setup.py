@@ -4,6 +4,7 @@ Environment:
   DEBUG=1                     no optimisation, debug symbols
   BATCHNORM_EXT_CUDA=0|1      leave the CUDA kernels out / insist on them; by default they are built
                               where both nvcc and a CUDA build of torch are found
+  TORCH_CUDA_ARCH_LIST        architectures to build the CUDA kernels for
 """
 
 import os
@@ -36,6 +37,10 @@ WARNINGS = [
 ]
 # at::parallel_for is inlined into the kernels, and serial there without it.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+# Every architecture since Ampere; PTX of the last lets later ones compile it themselves.
+ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0 10.0 12.0+PTX")
+NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3"]
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would
 # choose is loaded.
@@ -80,17 +85,25 @@ def extensions() -> list:
             CUDAExtension(
                 f"{PACKAGE}._cuda",
                 sources("csrc/cuda/*.cu"),
-                extra_compile_args={"cxx": flags, "nvcc": FLAGS},
+                extra_compile_args={"cxx": flags, "nvcc": [*NVCC_FLAGS, "-std=c++20"]},
             )
         )
     return modules
 
 
-# Read by batchnorm_ext/__init__.py before anything that was compiled is loaded.
-(ROOT / PACKAGE / "_build.py").write_text(
-    '"""Written by setup.py."""\n\n'
-    f'TORCH = "{torch.__version__}"\n'
-    f"CUDA = {torch.version.cuda if with_cuda() else None!r}\n"
-)
+class Build(BuildExtension):
+    """Leaves beside the modules what they were built for, to be read before any is loaded."""
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    def run(self):
+        super().run()
+        cuda = torch.version.cuda if with_cuda() else None
+        path = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent / "_build.py"
+        path.write_text(
+            '"""Written by setup.py."""\n\n'
+            f"TORCH = {str(torch.__version__)!r}\n"
+            f"CUDA = {cuda!r}\n"
+            f"CUDA_ARCHITECTURES = {ARCHITECTURES if cuda else None!r}\n"
+        )
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -62,7 +62,7 @@ def takes(input: Tensor) -> bool:
         type(input) in (Tensor, nn.Parameter)
         and input.dtype in _DTYPES
         and input.layout is torch.strided
-        and input.device.type in _DEVICES
+        and (input.is_cpu or input.device.type in _DEVICES)
         and not _functorch_active()
         and forward_ad._current_level < 0
     ):

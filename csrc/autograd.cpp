@@ -129,23 +129,24 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
 };
 
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                               bool training, std::optional<double> momentum, double eps) {
+  // The statistics have no derivative of their own, and leave beside the outputs: each of these costs the graph.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+                        double eps, Tensor* stats) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, stats] =
+    Tensor y;
+    std::tie(y, *stats) =
         forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({stats});
-    ctx->save_for_backward({x, weight.value_or(Tensor()), stats});
+    ctx->save_for_backward({x, weight.value_or(Tensor()), *stats});
     ctx->saved_data["training"] = training;
     ctx->saved_data["has_bias"] = bias.has_value();
-    return {y, stats};
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(9);
+    variable_list result(10);
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -170,9 +171,10 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& wei
                                       const OptionalTensor& num_batches_tracked, bool training,
                                       std::optional<double> momentum, double eps) {
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(weight) || requires_grad(bias))) {
-    variable_list out =
-        BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-    return {std::move(out[0]), std::move(out[1])};
+    Tensor stats;
+    Tensor y = BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
+                                eps, &stats);
+    return {std::move(y), std::move(stats)};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);

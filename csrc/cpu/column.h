@@ -26,7 +26,9 @@ class Column {
   explicit Column(const Geometry& geometry) : g(geometry) {
     const int64_t narrow = g.stats * g.inner;
     while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
-    stats_per_block = fold > 1 ? g.stats : even_share(g.stats, std::max<int64_t>(1, kColumns / g.inner));
+    // Too few rows to be cut into chunks leave the threads only blocks.
+    const int64_t widest = g.outer > kMinRows ? kColumns : std::clamp(kGrainElements / g.outer, kFoldable, kColumns);
+    stats_per_block = fold > 1 ? g.stats : even_share(g.stats, std::max<int64_t>(1, widest / g.inner));
     rows = g.outer / fold;
     const int64_t columns = stats_per_block * g.inner * fold;
     rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials}));
