@@ -123,7 +123,7 @@ SIZES = [
     # (N, C, L)
     (3, 17, 11),
     (2, 64, 196),
-    # images: one, two or three channels; the sizes of residual networks; odd ones; large ones
+    # images: one, two or three channels; the sizes of residual networks; odd ones
     (1, 1, 7, 7),
     (2, 3, 7, 7),
     (4, 17, 7, 7),
@@ -139,6 +139,14 @@ SIZES = [
 ]
 FEW_SIZES = [(33, 17), (2, 17, 7, 9), (2, 3, 4, 5, 6), (2, 5, 40, 33)]
 ONE_SIZE = (3, 17, 7, 9)
+# Outputs of more than 32 MB, which the CPU kernels stream past the caches, in rows of no round size.
+LARGE = [
+    ((33, 65, 65, 63), "contiguous", torch.float32),
+    ((33, 65, 65, 63), "channels_last", torch.float32),
+    ((33, 5435, 7, 7), "contiguous", torch.float32),
+    ((67, 65, 65, 63), "contiguous", torch.bfloat16),
+    ((67, 65, 65, 63), "channels_last", torch.bfloat16),
+]
 
 
 def _table() -> list[Case]:
@@ -172,7 +180,8 @@ def _table() -> list[Case]:
             {"eps": 1e-3},
         ]
     ]
-    return list(dict.fromkeys(sizes + layouts + options))
+    large = [Case(*case) for case in LARGE]
+    return list(dict.fromkeys(sizes + layouts + options + large))
 
 
 CASES = _table()

@@ -1,18 +1,33 @@
-// Large fresh outputs. The kernel hands out zeroed 4 KB pages one fault at a time, which costs several times the
-// normalization itself; huge pages make it a few faults.
+// Large outputs: from which size on they are streamed, and how their memory is come by. The kernel hands out zeroed 4 KB
+// pages one fault at a time, which costs several times the normalization itself; huge pages make it a few faults.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace batchnorm_ext::cpu {
+
+// Outputs from this size on are written past the caches, where they would only push their own input out. Smaller ones
+// stay for whoever reads them next. Half of a last-level cache that others share too, within reason.
+inline int64_t stream_bytes() {
+  static const int64_t bytes = [] {
+    int64_t cache = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return std::clamp<int64_t>(cache / 2, int64_t{8} << 20, int64_t{32} << 20);
+  }();
+  return bytes;
+}
 
 inline at::Tensor empty_output_like(const at::Tensor& x) {
   at::Tensor out = at::empty_like(x);

@@ -30,9 +30,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Outputs from this size on are written past the caches: they would only push their own input out of them.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
 // Long runs of a channel are read one by one. Short ones are read across channels, several vectors at a time, as long
 // as there are enough of them below each other to reduce.
 bool has_long_runs(const Geometry& g) { return g.inner >= 256 || (g.outer < 32 && g.inner > 2 * g.outer); }
@@ -121,9 +118,21 @@ void with_pattern(const Geometry& geometry, const F& f) {
     f(Column<T>(geometry));
 }
 
+// For a map alone, which goes through memory in order: run by run, unless runs are short, or would share the cache
+// lines that are streamed.
+template <typename T, typename F>
+void with_map_pattern(const Geometry& geometry, const F& f) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const bool streams = geometry.numel() * static_cast<int64_t>(sizeof(T)) >= stream_bytes();
+  if (geometry.inner >= 8 * line && (!streams || geometry.inner % line == 0))
+    f(Row<T>(geometry, /*most_runs=*/1));
+  else
+    with_pattern<T>(geometry, f);
+}
+
 template <typename F>
 void with_streaming(const Tensor& out, const F& f) {
-  if (static_cast<int64_t>(out.nbytes()) >= kStreamBytes)
+  if (static_cast<int64_t>(out.nbytes()) >= stream_bytes())
     f(std::true_type());
   else
     f(std::false_type());
@@ -174,7 +183,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
       for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count;
       normalize_with(first, width, mean, &var[first]);
     };
-    with_pattern<T>(geometry, [&](const auto& pattern) {
+    const auto run = [&](const auto& pattern) {
       with_streaming(y, [&](auto streaming) {
         const Schedule schedule(pattern, channels, x.numel());
         const auto map = [&](int64_t block, int64_t chunk) {
@@ -190,7 +199,8 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
         };
         reduce_then_map(pattern, schedule, reduce, merge, finish, map);
       });
-    });
+    };
+    training ? with_pattern<T>(geometry, run) : with_map_pattern<T>(geometry, run);
     if (!training || !running_mean) return;
     const double unbiased = count / (count - 1);
     for (int64_t c = 0; c < channels; ++c) {
@@ -244,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
       if (want_dbias) dbias.zero_();
       return;
     }
-    with_pattern<T>(geometry, [&](const auto& pattern) {
+    const auto run = [&](const auto& pattern) {
       with_streaming(x, [&](auto streaming) {
         const Schedule schedule(pattern, channels, x.numel());
         const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot) {
@@ -265,7 +275,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
         for (int64_t c = 0; c < channels; ++c) table.row(3)[c] = static_cast<A>(w[c] * invstd[c]);
         map_all(schedule, map);
       });
-    });
+    };
+    want_sums ? with_pattern<T>(geometry, run) : with_map_pattern<T>(geometry, run);
     if (want_dweight) write_channels(dweight, channels, dweight_sums.get());
     if (want_dbias) write_channels(dbias, channels, dbias_sums.get());
   });

@@ -18,11 +18,12 @@ class Row {
   static constexpr int64_t kShortRun = 4;   // blocks
 
  public:
-  explicit Row(const Geometry& geometry) : g(geometry) {
+  // Chunks have `most_runs` runs at most.
+  explicit Row(const Geometry& geometry, int64_t most_runs = kChunk) : g(geometry) {
     pieces = std::max<int64_t>(1, g.inner / kChunk);
     piece = (g.inner / pieces + L) / L * L;
     pieces = (g.inner + piece - 1) / piece;
-    runs = std::max<int64_t>(1, kChunk / g.inner);
+    runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
   }
 
   int64_t blocks() const { return g.stats; }

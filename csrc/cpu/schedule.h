@@ -89,11 +89,11 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
   });
 }
 
-// Every chunk on its own, for maps that need no reduction.
+// Every chunk on its own, for maps that need no reduction: in the order of memory, as far as the pattern can.
 template <typename Map>
 void map_all(const Schedule& schedule, const Map& map) {
   at::parallel_for(0, schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) map(task / schedule.chunks, task % schedule.chunks);
+    for (int64_t task = begin; task < end; ++task) map(task % schedule.blocks, task / schedule.blocks);
   });
 }
 
