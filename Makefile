@@ -19,6 +19,7 @@ stamp = $(shell printf %s '$1' | tr -c '[:alnum:].' _)
 INSTALLED := $(VENV)/.torch-$(call stamp,$(TORCH))
 BUILT := build/.built-$(call stamp,$(VENV))
 CODE := $(shell find csrc -type f)
+TEST_CODE := $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
 RUNS = build/bench
 
 # All of them change the same environment.
@@ -49,12 +50,12 @@ bench: $(BUILT) $(VENV)/.bench
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CODE)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CODE) $(TEST_CODE)
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CODE)
+	$(VENV)/bin/clang-format -i $(CODE) $(TEST_CODE)
 
 clean:
 	rm -rf build dist *.egg-info .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis demo.png

@@ -139,7 +139,7 @@ SIZES = [
 ]
 FEW_SIZES = [(33, 17), (2, 17, 7, 9), (2, 3, 4, 5, 6), (2, 5, 40, 33)]
 ONE_SIZE = (3, 17, 7, 9)
-# Outputs of more than 32 MB, which the CPU kernels stream past the caches, in rows of no round size.
+# Outputs of more than 32 MB, which the CPU kernels stream past the caches; rows of no round size.
 LARGE = [
     ((33, 65, 65, 63), "contiguous", torch.float32),
     ((33, 65, 65, 63), "channels_last", torch.float32),
