@@ -1,0 +1,111 @@
+// The backward as the kernel sees it; see forward.cuh.
+#pragma once
+
+#include "forward.cuh"
+
+namespace batchnorm_ext::cuda {
+
+// The hook turns the gradient of what follows the affine map into dy; `extra` is an element of a third tensor.
+template <typename T_, typename Hook = NoHook>
+struct Backward {
+  using T = T_;
+  using A = Acc<T>;
+  static constexpr int kInputs = 2, kCoefficients = 4;
+  static constexpr bool kMoments = false;
+  template <int kLanes>
+  using Lanes = GradLanes<A, kLanes>;
+
+  const T *dy, *x;
+  T* dx;           // none: nothing is mapped
+  const T* extra;  // of the hook
+  int64_t channels;
+  bool training;
+  double count;
+  const double* total_count;  // instead of `count`, where it is known on the device only
+  const double* stats;        // [mean | invstd]
+  Channels<T> weight, dweight, dbias;
+  const double* sums;  // [sum(dy) | sum(dy * xhat)], where they are known
+  double* sums_out;    // the same, for the caller
+  Hook hook;
+
+  template <int kWidth>
+  struct Packs {
+    Pack<T, kWidth> in[kInputs];
+  };
+
+  template <int kWidth>
+  __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
+    Packs<kWidth> packs{{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
+    if constexpr (Hook::kExtra) {
+      const Pack<T, kWidth> other = load_pack<kWidth>(extra + offset, again);
+      packs.in[0] = make_pack<T, kWidth>([&](int i) { return hook(packs.in[0].get(i), other.get(i)); });
+    }
+    return packs;
+  }
+
+  template <typename Chunk, int kLanes, int kWidth, int kCount>
+  __device__ __forceinline__ void start(GradLanes<A, kLanes>& lanes, const Chunk& chunk,
+                                        const Packs<kWidth> (&)[kCount], int) const {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) lanes.start(l, static_cast<A>(stats[chunk.first + chunk.channel(l)]));
+  }
+
+  template <int kLanes, int kWidth>
+  __device__ __forceinline__ void add(GradLanes<A, kLanes>& lanes, const Packs<kWidth>& packs) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
+  }
+
+  __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[4]) const {
+    const double mean = stats[c];
+    conclude(c, make_grad_sums(total.x, total.y, mean, static_cast<A>(mean), stats[channels + c]), leads, map);
+  }
+
+  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[4]) const {
+    conclude(c, {sums[c], sums[channels + c]}, leads, map);
+  }
+
+  __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[4]) const {
+    if (leads && dweight) dweight.set(c, grads.dweight);
+    if (leads && dbias) dbias.set(c, grads.dbias);
+    if (leads && sums_out != nullptr) {
+      sums_out[c] = grads.dbias;
+      sums_out[channels + c] = grads.dweight;
+    }
+    const double n = total_count != nullptr ? *total_count : count;
+    const GradAffine<A> affine = make_grad_affine<A>(grads, n, stats[c], stats[channels + c], weight.get(c, 1));
+    map[0] = affine.mean;
+    map[1] = affine.slope;
+    map[2] = affine.offset;
+    map[3] = affine.scale;
+  }
+
+  __device__ __forceinline__ int64_t* counter() const { return nullptr; }
+
+  // dx = scale * (dy - (x - mean) * slope - offset); in evaluation scale * dy, whatever x may be
+  template <int kWidth, int kLanes>
+  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[4][kLanes], int64_t offset) const {
+    store_pack(dx + offset, make_pack<T, kWidth>([&](int i) {
+                 const int l = i % kLanes;
+                 const A along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
+                 return c[3][l] * (packs.in[0].get(i) - (training ? along : A(0)));
+               }));
+  }
+  __device__ __forceinline__ bool maps() const { return dx != nullptr; }
+
+  // The two launches of Policy::kSplit; what the first finds the second takes from `between`, [2 * channels].
+  Backward reduction(double* between) const {
+    Backward op = *this;
+    op.dx = nullptr;
+    op.sums_out = between;
+    return op;
+  }
+  Backward mapping(double* between) const {
+    Backward op = *this;
+    op.sums = between;
+    op.dweight = op.dbias = {};
+    return op;
+  }
+};
+
+}  // namespace batchnorm_ext::cuda

@@ -1,0 +1,164 @@
+// The forward as the kernel sees it: what is summed over a channel, what becomes of the sums, what is mapped.
+#pragma once
+
+#include "../math.h"
+#include "lanes.cuh"
+
+namespace batchnorm_ext::cuda {
+
+// What follows the affine map: a functor on (y, extra), where `extra` is an element of a second tensor.
+struct NoHook {
+  static constexpr bool kExtra = false;
+  template <typename A>
+  __device__ __forceinline__ A operator()(A value, A) const {
+    return value;
+  }
+};
+
+// Where mean and variance come from: the batch at hand, the running statistics, sums over several batches, or an
+// earlier launch that has left mean and invstd.
+enum class Source { kBatch, kRunning, kSums, kStats };
+
+template <typename T_, typename Hook = NoHook>
+struct Forward {
+  using T = T_;
+  using A = Acc<T>;
+  static constexpr int kInputs = 1, kCoefficients = 3;
+  static constexpr bool kMoments = true;
+  template <int kLanes>
+  using Lanes = MomentLanes<A, kLanes>;
+
+  const T* x;
+  T* y;            // none: nothing is mapped
+  const T* extra;  // of the hook
+  int64_t channels, inner;
+  Source source;
+  double count, eps, momentum;  // momentum: NAN means the cumulative average
+  Channels<T> weight, bias, running_mean, running_var;
+  int64_t* num_batches_tracked;
+  const double* sums;  // [n * mean | M2 + n * mean^2 | n], of kSums
+  double* sums_out;    // the same, for the caller; then nothing else is
+  double* stats;       // [mean | invstd], out but for kStats
+  bool centred;        // false: kStats, with mean = 0
+  Hook hook;
+
+  // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
+  __device__ __forceinline__ double origin(int64_t channel) const {
+    const double first = widen(x[channel * inner]);
+    return isfinite(first) ? first : 0;
+  }
+
+  template <int kWidth>
+  struct Packs {
+    Pack<T, kWidth> in[kInputs];
+  };
+
+  template <int kWidth>
+  __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
+    return {{load_pack<kWidth>(x + offset, again)}};
+  }
+
+  // Centres on the mean of the first packs, which is as good as any but must be near: they may begin with an outlier.
+  template <typename Chunk, int kLanes, int kWidth, int kCount>
+  __device__ __forceinline__ void start(MomentLanes<A, kLanes>& lanes, const Chunk&,
+                                        const Packs<kWidth> (&packs)[kCount], int count) const {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) lanes.start(l, packs[0].in[0].get(l));
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      if (u >= count) break;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) lanes.s1[i % kLanes] += packs[u].in[0].get(i) - lanes.k[i % kLanes];
+    }
+    const A share = 1 / static_cast<A>(count * (kWidth / kLanes));
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) lanes.start(l, fused(lanes.s1[l], share, lanes.k[l]));
+  }
+
+  template <int kLanes, int kWidth>
+  __device__ __forceinline__ void add(MomentLanes<A, kLanes>& lanes, const Packs<kWidth>& packs) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i));
+  }
+
+  // The map of a channel, from the sums of this launch about `about`. The leader of a team also writes what the caller
+  // gets.
+  __device__ __forceinline__ void finish(int64_t c, double2 total, double about, bool leads, A (&map)[3]) const {
+    const double shift = total.x / count;
+    conclude(c, count, about + shift, total.y - total.x * shift, leads, map);
+  }
+
+  // The same from what is known before the launch.
+  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
+    if (source == Source::kSums) {
+      const double n = sums[2 * channels], mean = sums[c] / n;
+      return conclude(c, n, mean, sums[channels + c] - n * mean * mean, leads, map);
+    }
+    if (source == Source::kStats) return set(c, centred ? stats[c] : 0, stats[channels + c], map);
+    const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
+    if (leads) write_stats(c, mean, invstd);
+    set(c, mean, invstd, map);
+  }
+
+  // From the moments over n elements.
+  __device__ __forceinline__ void conclude(int64_t c, double n, double mean, double m2, bool leads, A (&map)[3]) const {
+    if (m2 < 0) m2 = 0;
+    const double var = m2 / n, invstd = 1 / sqrt(var + eps);
+    if (leads && sums_out != nullptr) {
+      sums_out[c] = n * mean;
+      sums_out[channels + c] = m2 + n * mean * mean;
+      if (c == 0) sums_out[2 * channels] = n;
+    }
+    if (leads && stats != nullptr) write_stats(c, mean, invstd);
+    if (leads && running_mean && n > 0) {
+      const double factor = isnan(momentum) ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
+      running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
+      running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
+    }
+    set(c, mean, invstd, map);
+  }
+
+  __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {
+    stats[c] = mean;
+    stats[channels + c] = invstd;
+  }
+
+  __device__ __forceinline__ void set(int64_t c, double mean, double invstd, A (&map)[3]) const {
+    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0));
+    map[0] = affine.mean;
+    map[1] = affine.scale;
+    map[2] = affine.shift;
+  }
+
+  // The counter that is to be raised once all leaders are done, if any.
+  __device__ __forceinline__ int64_t* counter() const {
+    return source == Source::kSums && !(sums[2 * channels] > 0) ? nullptr : num_batches_tracked;
+  }
+
+  // y = (x - mean) * scale + shift
+  template <int kWidth, int kLanes>
+  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
+    Pack<T, kWidth> other{};
+    if constexpr (Hook::kExtra) other = load_pack<kWidth>(extra + offset, false);
+    store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
+                 const int l = i % kLanes;
+                 return hook(fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]), other.get(i));
+               }));
+  }
+  __device__ __forceinline__ bool maps() const { return y != nullptr; }
+
+  // The two launches of Policy::kSplit; what the first finds the second takes from `stats`.
+  Forward reduction(double*) const {
+    Forward op = *this;
+    op.y = nullptr;
+    return op;
+  }
+  Forward mapping(double*) const {
+    Forward op = *this;
+    op.source = Source::kStats;
+    op.num_batches_tracked = nullptr;
+    return op;
+  }
+};
+
+}  // namespace batchnorm_ext::cuda

@@ -1,0 +1,200 @@
+// The one kernel. A block takes its chunk of a group of channels through these steps; a launch does all of them or, in
+// two launches, the reduction and the map.
+//
+//   load the chunk, keep it in shared memory, sum it     reduce.cuh
+//   sum over the team's blocks                           team.cuh
+//   from sums to the coefficients of the map             finish() of forward.cuh, backward.cuh
+//   map what was kept, store
+#pragma once
+
+#include "backward.cuh"
+#include "forward.cuh"
+#include "plan.h"
+#include "team.cuh"
+
+namespace batchnorm_ext::cuda {
+
+enum class Phase { kFused, kReduce, kMap };
+
+// Packs that a thread has under way at once: 64 bytes, enough to hide the latency of memory at two blocks of 512
+// threads a multiprocessor.
+template <typename Op>
+constexpr int kBatch = 4 / Op::kInputs;
+
+// Sums the chunk, and keeps it in shared memory for the map.
+template <bool kKeep, typename Op, int kWidth, typename Chunk>
+__device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
+  using Packs = typename Op::template Packs<kWidth>;
+  auto* const kept = shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept);
+  typename Op::template Lanes<Chunk::kLanes> lanes{};
+  for (int step = 0, batch = 1; step < chunk.steps; step += kBatch<Op>, ++batch) {
+    Packs packs[kBatch<Op>];
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u)
+      if (step + u < chunk.steps) packs[u] = op.template load<kWidth>(chunk.offset(step + u), !kKeep);
+    const int left = chunk.steps - step, count = left < kBatch<Op> ? left : kBatch<Op>;
+    if (step == 0) op.start(lanes, chunk, packs, count);
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u) {
+      if (u >= count) break;
+      if constexpr (kKeep)
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) kept[i * s.slots + chunk.slot(step + u)] = packs[u].in[i];
+      op.add(lanes, packs[u]);
+    }
+    // The centres follow the mean while they gain from it: after 2, 4, 8... batches.
+    if (batch > 1 && (batch & (batch - 1)) == 0) lanes.recentre((step + count) * (kWidth / Chunk::kLanes));
+  }
+  return lanes;
+}
+
+// Maps the chunk, from shared memory or from where the tensor is.
+template <bool kKept, typename Op, int kWidth, typename Chunk>
+__device__ __forceinline__ void map_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
+  using A = typename Op::A;
+  using Packs = typename Op::template Packs<kWidth>;
+  const A* const table = shared_at<A>(s.layout.coefficients);
+  const auto* const kept = shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept);
+  if (chunk.steps == 0) return;
+  A c[Op::kCoefficients][Chunk::kLanes];
+#pragma unroll
+  for (int i = 0; i < Op::kCoefficients; ++i)
+#pragma unroll
+    for (int l = 0; l < Chunk::kLanes; ++l) c[i][l] = table[i * s.width + chunk.channel(l)];
+  for (int step = 0; step < chunk.steps; step += kBatch<Op>) {
+    Packs packs[kBatch<Op>];
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u) {
+      if (step + u >= chunk.steps) break;
+      if constexpr (kKept)
+#pragma unroll
+        for (int i = 0; i < Op::kInputs; ++i) packs[u].in[i] = kept[i * s.slots + chunk.slot(step + u)];
+      else
+        packs[u] = op.template load<kWidth>(chunk.offset(step + u), false);
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u)
+      if (step + u < chunk.steps) op.map(packs[u], c, chunk.offset(step + u));
+  }
+}
+
+// Leaves the sums over all of the group's elements in `totals`. False on the blocks that have no more to do.
+template <Phase kPhase>
+__device__ __forceinline__ bool sum_team(const Shape& s, const Workspace& ws, int channels, int team, int rank,
+                                         int half) {
+  double2* const totals = shared_at<double2>(s.layout.totals);
+  double2* const parts = ws.parts + (static_cast<int64_t>(half) * s.teams + team) * s.width * s.ranks;
+  double2* const shared_totals = ws.totals + static_cast<int64_t>(team) * s.width;
+  unsigned* const counter = ws.counter(team);
+  publish(s, parts, channels, rank);
+  if constexpr (kPhase == Phase::kReduce) {
+    if (!comes_last(counter, rank, s.ranks, shared_at<int>(s.layout.flag))) return false;
+  } else {
+    meet(counter, rank, s.ranks);
+  }
+  if (s.relay) {
+    sum_ranks(s, parts, channels, rank, s.ranks, [&](int c, double2 sum) { shared_totals[c] = sum; });
+    meet(counter, rank, s.ranks);
+    for (int c = threadIdx.x; c < channels; c += kThreads) totals[c] = load_shared_by_blocks(&shared_totals[c]);
+  } else {
+    sum_ranks(s, parts, channels, 0, 1, [&](int c, double2 sum) { totals[c] = sum; });
+  }
+  __syncthreads();
+  return true;
+}
+
+template <Phase kPhase, typename Op, typename Chunk, int kWidth>
+__device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspace& ws) {
+  using A = typename Op::A;
+  A* const table = shared_at<A>(s.layout.coefficients);
+  double* const origins = shared_at<double>(s.layout.origins);
+  const double2* const totals = shared_at<double2>(s.layout.totals);
+  // A map after a reduction begins with what was read last, some of which the cache still holds.
+  const int block = kPhase == Phase::kMap ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int team = block % s.teams, rank = block / s.teams;
+  bool leads = rank == 0;
+  int half = 0;
+  for (int64_t group = team; group < s.groups; group += s.teams, half ^= 1) {
+    const Chunk chunk(s, group, rank);
+    if constexpr (kPhase != Phase::kMap) {
+      if constexpr (Op::kMoments)
+        for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) origins[c] = op.origin(chunk.first + c);
+      const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
+      sum_block(s, op, chunk, lanes);
+      if (s.ranks > 1) {
+        if (!sum_team<kPhase>(s, ws, chunk.channels(), team, rank, half)) return;
+        leads = leads || kPhase == Phase::kReduce;
+      }
+    }
+    for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) {
+      A map[Op::kCoefficients];
+      if constexpr (kPhase == Phase::kMap)
+        op.known(chunk.first + c, leads, map);
+      else
+        op.finish(chunk.first + c, totals[c], Op::kMoments ? origins[c] : 0, leads, map);
+#pragma unroll
+      for (int i = 0; i < Op::kCoefficients; ++i) table[i * s.width + c] = map[i];
+    }
+    __syncthreads();
+    if constexpr (kPhase != Phase::kReduce)
+      if (op.maps()) map_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
+  }
+  // All channels have been tracked before the batch is counted: the leaders draw tickets, and the last one does it.
+  int64_t* const counter = op.counter();
+  if (leads && counter != nullptr && threadIdx.x == 0 &&
+      add_release(ws.ticket, 1) == static_cast<unsigned>(s.teams) - 1) {
+    *ws.ticket = 0;
+    ++*counter;
+  }
+}
+
+template <Phase kPhase, typename Op, typename Chunk, int kWidth>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    norm_kernel(const __grid_constant__ Shape shape, const __grid_constant__ Op op,
+                const __grid_constant__ Workspace workspace) {
+  norm<kPhase, Op, Chunk, kWidth>(shape, op, workspace);
+}
+
+// Calls f with the kernel for a plan.
+template <Phase kPhase, typename Op, typename F>
+auto with_kernel(const Plan& plan, const F& f) {
+  constexpr int kFull = 16 / sizeof(typename Op::T);
+  if (plan.pattern == Pattern::kRow)
+    return plan.pack == kFull ? f(norm_kernel<kPhase, Op, RowChunk<kFull>, kFull>)
+                              : f(norm_kernel<kPhase, Op, RowChunk<1>, 1>);
+  return plan.pack == kFull ? f(norm_kernel<kPhase, Op, ColumnChunk<kFull>, kFull>)
+                            : f(norm_kernel<kPhase, Op, ColumnChunk<1>, 1>);
+}
+
+template <typename Op, typename F>
+auto with_kernel(Phase phase, const Plan& plan, const F& f) {
+  switch (phase) {
+    case Phase::kFused:
+      return with_kernel<Phase::kFused, Op>(plan, f);
+    case Phase::kReduce:
+      return with_kernel<Phase::kReduce, Op>(plan, f);
+    default:
+      return with_kernel<Phase::kMap, Op>(plan, f);
+  }
+}
+
+// The launches of a plan: launch(phase, how, op) is called for each.
+template <typename Op, typename F>
+void run(const Plan& plan, const Op& op, double* between, const F& launch) {
+  switch (plan.policy) {
+    case Policy::kSplit:
+      launch(Phase::kReduce, plan.first, op.reduction(between));
+      launch(Phase::kMap, plan.second, op.mapping(between));
+      break;
+    case Policy::kReduce:
+      launch(Phase::kReduce, plan.first, op);
+      break;
+    case Policy::kMap:
+      launch(Phase::kMap, plan.first, op);
+      break;
+    default:
+      launch(Phase::kFused, plan.first, op);
+  }
+}
+
+}  // namespace batchnorm_ext::cuda

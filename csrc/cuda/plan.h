@@ -1,0 +1,305 @@
+// Host side: how a tensor is cut up for a GPU. The rules that choose the policy are the table in the middle.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+
+#include "shape.h"
+
+namespace batchnorm_ext::cuda {
+
+enum class Pattern { kRow, kColumn };
+
+// kBlock   one block per group, which keeps it in shared memory between reduction and map
+// kGrid    the same with a team of blocks, all resident at once, that meet at a barrier
+// kSplit   two launches, reduction and map; the second reads the tensor again
+// kReduce  the reduction alone
+// kMap     the map alone
+enum class Policy { kBlock, kGrid, kSplit, kReduce, kMap };
+
+struct Device {
+  int architecture = 90;  // 10 * major + minor
+  int sms = 132;
+  int64_t shared_per_sm = 228 << 10, shared_per_block = 227 << 10, l2 = 50 << 20;
+  bool cooperative = true;
+};
+
+struct Request {
+  Geometry geometry;
+  int element_bytes, inputs, coefficients;
+  bool aligned;        // every tensor starts at a multiple of 16 bytes
+  bool reduces, maps;  // at least one of them
+};
+
+struct Launch {
+  Shape shape;
+  int64_t shared_bytes;
+
+  int64_t blocks() const { return int64_t{shape.ranks} * shape.teams; }
+};
+
+// Global memory that the blocks of a plan share, in bytes from its beginning. Only the counters have to be zero before
+// the first launch, and they are so again after each.
+struct Scratch {
+  int64_t counters, parts, totals, between, bytes;
+};
+
+struct Plan {
+  Pattern pattern;
+  Policy policy;
+  int pack;  // elements
+  const char* rule;
+  Launch first, second;  // the second for kSplit alone
+
+  // Passes over the tensor that load, of a request with so many inputs.
+  int loads(int inputs) const { return policy == Policy::kSplit ? 2 * inputs : inputs; }
+
+  Scratch scratch() const {
+    const Shape& s = first.shape;
+    const int64_t teams = s.ranks > 1 ? s.teams : 0, pair = 2 * sizeof(double);
+    Scratch scratch{};
+    scratch.counters = kCounterBytes;  // after the ticket
+    scratch.parts = scratch.counters + teams * kCounterBytes;
+    scratch.totals = scratch.parts + 2 * teams * s.width * s.ranks * pair;
+    scratch.between = scratch.totals + teams * s.width * pair;
+    scratch.bytes = scratch.between + s.geometry.stats * pair;
+    return scratch;
+  }
+};
+
+// For tuning: BATCHNORM_EXT_CUDA_PLAN="policy=grid,ranks=8,width=32,relay=1000", relay being kRelaySums. What is left
+// out follows the rules.
+struct Override {
+  Policy policy = Policy::kMap;  // kMap: none
+  int64_t ranks = 0, width = 0, relay = 0;
+
+  static Override from_environment() {
+    Override o;
+    const char* text = std::getenv("BATCHNORM_EXT_CUDA_PLAN");
+    if (text == nullptr) return o;
+    const auto value = [&](const char* key) {
+      const char* found = std::strstr(text, key);
+      return found == nullptr ? "" : found + std::strlen(key);
+    };
+    constexpr struct {
+      const char* name;
+      Policy policy;
+    } kNames[] = {{"block", Policy::kBlock}, {"grid", Policy::kGrid}, {"split", Policy::kSplit}};
+    for (const auto& [name, policy] : kNames)
+      if (std::strncmp(value("policy="), name, std::strlen(name)) == 0) o.policy = policy;
+    o.ranks = std::atoll(value("ranks="));
+    o.width = std::atoll(value("width="));
+    o.relay = std::atoll(value("relay="));
+    return o;
+  }
+};
+
+constexpr int64_t kSegmentBytes = 128;               // the least to touch in a row, the longest run taken as a column
+constexpr int64_t kLeastChunkBytes = 8 << 10;        // below it the barrier costs more than the chunk
+constexpr int64_t kMapChunkBytes = 64 << 10;         // for a launch that only maps
+constexpr int64_t kReduceChunkBytes = 512 << 10;     // for a launch that only reduces
+constexpr int64_t kReserved = 1 << 10;               // of shared memory, by the system, for every block
+constexpr int64_t kRelaySums = 2048;                 // sums of other ranks that a block still adds up for itself
+constexpr int64_t kMostBlocks = int64_t{1} << 30;    // of a launch
+constexpr int64_t kMostElements = int64_t{1} << 30;  // of a chunk, and of a run: their sum is divided in 31 bits
+
+// What the rules look at. least_ranks: blocks it takes to keep a group; resident: blocks on the chip at once.
+struct Facts {
+  Device device;
+  int64_t groups, group_bytes, least_ranks, resident;
+
+  int64_t bytes() const { return groups * group_bytes; }
+  bool one_block() const { return least_ranks == 1; }
+};
+
+struct Rule {
+  const char* name;
+  Policy policy;
+  bool (*holds)(const Facts&);
+};
+
+// The dispatch table for what reduces and maps: the first rule that holds decides.
+inline constexpr Rule kRules[] = {
+    {"small group", Policy::kBlock,
+     [](const Facts& f) { return f.one_block() && f.group_bytes <= 2 * kLeastChunkBytes; }},
+    {"enough groups", Policy::kBlock, [](const Facts& f) { return f.one_block() && f.groups * 4 >= f.resident * 3; }},
+    {"no cooperative launch", Policy::kSplit, [](const Facts& f) { return !f.device.cooperative; }},
+    {"held by a large L2", Policy::kSplit,
+     [](const Facts& f) { return f.device.architecture == 89 && f.bytes() * 5 <= f.device.l2 * 4; }},
+    {"group exceeds the chip", Policy::kSplit, [](const Facts& f) { return f.least_ranks > f.resident; }},
+    {"group fits the chip", Policy::kGrid, [](const Facts&) { return true; }},
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Planner {
+ public:
+  Planner(const Request& request, const Device& device, const Override& override = Override::from_environment())
+      : request_(request), device_(device), override_(override) {}
+
+  Plan plan() {
+    choose_pattern();
+    lay_out();
+    choose_policy();
+    if (plan_.policy == Policy::kSplit) {
+      plan_.first = launch(Policy::kReduce);
+      plan_.second = launch(Policy::kMap);
+    } else {
+      plan_.first = launch(plan_.policy);
+    }
+    return plan_;
+  }
+
+ private:
+  bool row() const { return plan_.pattern == Pattern::kRow; }
+  int64_t pack_bytes() const { return int64_t{plan_.pack} * request_.element_bytes; }
+
+  // Long runs are taken a channel at a time. Short ones, and those that no pack divides, across as many channels as
+  // make a whole number of packs and a whole segment, if a block has the threads for it.
+  void choose_pattern() {
+    const Geometry& g = request_.geometry;
+    const int64_t size = request_.element_bytes, full = 16 / size;
+    const bool packs = request_.aligned && g.stats * g.inner % full == 0;
+    plan_.pack = static_cast<int>(packs ? full : 1);
+    int64_t unit = 1;  // channels that make whole packs together
+    while (unit * g.inner % plan_.pack != 0) unit *= 2;
+    const auto columns = [&](int64_t width) { return ceil_div(width * g.inner, plan_.pack); };
+    plan_.pattern = g.inner * size >= kSegmentBytes && unit == 1 ? Pattern::kRow : Pattern::kColumn;
+    if (!row() && columns(unit) > kThreads) {
+      plan_.pattern = Pattern::kRow;
+      if (unit > 1) plan_.pack = 1;
+    }
+    int64_t width = 1;
+    if (!row()) {
+      const int64_t wanted = override_.width > 0 ? override_.width : ceil_div(kSegmentBytes, g.inner * size);
+      width = std::min(ceil_div(wanted, unit), ceil_div(g.stats, unit)) * unit;
+      while (width > unit && columns(width) > kThreads) width -= unit;
+    }
+    shape_.geometry = g;
+    shape_.stride = g.stats * g.inner;
+    shape_.width = static_cast<int32_t>(width);
+    shape_.columns = static_cast<int32_t>(row() ? 1 : columns(width));
+    shape_.rows_at_once = row() ? 1 : kThreads / shape_.columns;
+    shape_.groups = ceil_div(g.stats, width);
+    shape_.run = Divider(static_cast<uint32_t>(row() ? g.inner / plan_.pack : 1));
+    shape_.inner = Divider(static_cast<uint32_t>(row() ? 1 : g.inner));
+    shape_.entry_lanes = row() ? kWarps : lanes_for(g.inner);
+  }
+
+  // Threads that add up `count` numbers: a power of two, at most a warp.
+  static int32_t lanes_for(int64_t count) {
+    int32_t lanes = 1;
+    while (lanes < count && lanes < kWarp) lanes *= 2;
+    return lanes;
+  }
+
+  void lay_out() {
+    const int64_t acc = request_.element_bytes == 8 ? 8 : 4, lanes = int64_t{shape_.columns} * plan_.pack;
+    const int64_t pass = std::min(plan_.pack, kPassLanes);
+    int64_t end = 0;
+    const auto place = [&](int64_t bytes) {
+      const int64_t begin = end;
+      end = begin + ceil_div(bytes, 16) * 16;
+      return static_cast<int32_t>(begin);
+    };
+    Layout& l = shape_.layout;
+    l.totals = place(request_.reduces ? 16 * shape_.width : 0);
+    l.origins = place(request_.reduces ? 8 * shape_.width : 0);
+    l.coefficients = place(request_.coefficients * acc * shape_.width);
+    if (request_.reduces) {
+      l.centre = place(acc * (row() ? 1 : lanes));
+      l.sums = place(2 * acc * (row() ? kWarps : kThreads * pass));
+      l.parts = place(row() ? 0 : 2 * acc * std::max<int64_t>(kThreads, shape_.columns * pass));
+      l.entries = place(row() ? 0 : 2 * acc * lanes);
+      l.flag = place(sizeof(int));
+    }
+    l.kept = place(0);
+  }
+
+  // What is cut into chunks: packs of a group in a row, rows of the tensor in a column.
+  int64_t total() const {
+    const Geometry& g = request_.geometry;
+    return row() ? g.outer * (g.inner / plan_.pack) : g.outer;
+  }
+  // Packs that a block keeps of a chunk: whole steps of all threads in a column.
+  int64_t slots(int64_t chunk) const { return row() ? chunk : ceil_div(chunk, shape_.rows_at_once) * kThreads; }
+
+  void choose_policy() {
+    const int64_t room = std::min(device_.shared_per_sm / kBlocksPerSm - kReserved, device_.shared_per_block);
+    const int64_t slots = std::max<int64_t>(0, room - shape_.layout.kept) / (pack_bytes() * request_.inputs);
+    const int64_t most = row() ? slots : slots / kThreads * shape_.rows_at_once;  // of total(), in one block
+    facts_ = {device_, shape_.groups, total() * pack_bytes() * shape_.columns,
+              most > 0 ? ceil_div(total(), most) : INT64_MAX, int64_t{kBlocksPerSm} * device_.sms};
+    if (!request_.reduces || !request_.maps) {
+      plan_.policy = request_.reduces ? Policy::kReduce : Policy::kMap;
+      plan_.rule = request_.reduces ? "reduction alone" : "map alone";
+      return;
+    }
+    const Rule* rule =
+        std::find_if(std::begin(kRules), std::end(kRules), [&](const Rule& r) { return r.holds(facts_); });
+    plan_.policy = rule->policy;
+    plan_.rule = rule->name;
+    const bool possible =
+        override_.policy == Policy::kSplit || (override_.policy == Policy::kBlock && facts_.one_block()) ||
+        (override_.policy == Policy::kGrid && facts_.least_ranks <= facts_.resident && device_.cooperative);
+    if (!possible) return;
+    plan_.policy = override_.policy;
+    plan_.rule = "override";
+  }
+
+  // Teams of few blocks finish their groups in few rounds; teams of many leave blocks of the chip without a team. The
+  // fewest ranks within a tenth of the best time are taken: their barrier is the cheapest.
+  int64_t grid_ranks() const {
+    const int64_t least = facts_.least_ranks;
+    const int64_t most = std::clamp(facts_.group_bytes / kLeastChunkBytes, least, facts_.resident);
+    const auto time = [&](int64_t ranks) {
+      const int64_t teams = std::min(facts_.groups, facts_.resident / ranks);
+      return ceil_div(facts_.groups, teams) * ceil_div(total(), ranks);
+    };
+    int64_t best = time(least);
+    for (int64_t ranks = least + 1; ranks <= most; ++ranks) best = std::min(best, time(ranks));
+    int64_t ranks = least;
+    while (time(ranks) * 10 > best * 11) ++ranks;
+    return ranks;
+  }
+
+  // As many as chunks of the given size make, and enough for the chip as long as each has something to do.
+  int64_t free_ranks(int64_t chunk_bytes) const {
+    const int64_t for_the_chip =
+        std::min(ceil_div(facts_.resident, facts_.groups), facts_.group_bytes / kLeastChunkBytes);
+    return std::max(ceil_div(facts_.group_bytes, chunk_bytes), for_the_chip);
+  }
+
+  Launch launch(Policy policy) const {
+    const bool block = policy == Policy::kBlock, grid = policy == Policy::kGrid;
+    int64_t ranks = block                       ? 1
+                    : grid                      ? grid_ranks()
+                    : policy == Policy::kReduce ? free_ranks(kReduceChunkBytes)
+                                                : free_ranks(kMapChunkBytes);
+    if (override_.ranks > 0 && !block) ranks = override_.ranks;
+    if (grid) ranks = std::clamp(ranks, facts_.least_ranks, facts_.resident);
+    ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns * plan_.pack, kMostElements), total());
+    if (!grid) ranks = std::min(ranks, std::max<int64_t>(1, kMostBlocks / shape_.groups));
+    Shape s = shape_;
+    s.chunk = ceil_div(total(), ranks);
+    s.ranks = static_cast<int32_t>(ceil_div(total(), s.chunk));
+    const int64_t teams = grid ? std::min(s.groups, facts_.resident / s.ranks) : s.groups;
+    s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
+    s.rank_lanes = lanes_for(s.ranks);
+    s.relay = grid && int64_t{s.ranks} * s.width > (override_.relay > 0 ? override_.relay : kRelaySums);
+    s.slots = block || grid ? static_cast<int32_t>(slots(s.chunk)) : 0;
+    return {s, s.layout.kept + s.slots * pack_bytes() * request_.inputs};
+  }
+
+  Request request_;
+  Device device_;
+  Override override_;
+  Facts facts_{};
+  Shape shape_{};
+  Plan plan_{};
+};
+
+}  // namespace batchnorm_ext::cuda

@@ -1,0 +1,150 @@
+// From the packs of a thread to the sums of a block: lanes of threads, pairs per entry, fp64 per channel. The order of
+// every sum is fixed by the plan.
+//
+// An entry is a set of elements of one channel: of a warp in a row, of an element's column in a column.
+#pragma once
+
+#include "chunk.cuh"
+#include "lanes.cuh"
+
+namespace batchnorm_ext::cuda {
+
+constexpr unsigned kFullMask = 0xffffffffu;
+
+template <typename V>
+__device__ __forceinline__ V warp_sum(V value, int lanes = kWarp) {
+  for (lanes /= 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kFullMask, value, lanes);
+  return value;
+}
+
+// An array of the block in shared memory.
+template <typename V>
+__device__ __forceinline__ V* shared_at(int32_t offset) {
+  return reinterpret_cast<V*>(dynamic_shared<unsigned char>() + offset);
+}
+
+// Adds up `count` pairs of each channel, with `lanes` threads a channel. put(channel, sum, writes) is called by whole
+// warps, so that it may use them; the sum is that of every thread's own channel, to be written by one of them.
+template <typename Get, typename Put>
+__device__ __forceinline__ void fold(int channels, int count, int lanes, const Get& get, const Put& put) {
+  const int thread = threadIdx.x, lane = thread % lanes;
+  for (int first = 0; first < channels; first += kThreads / lanes) {
+    const int channel = first + thread / lanes;
+    double2 sum{0, 0};
+    if (channel < channels) {
+      for (int i = lane; i < count; i += lanes) {
+        const double2 pair = get(channel, i);
+        sum.x += pair.x;
+        sum.y += pair.y;
+      }
+    }
+    sum = {warp_sum(sum.x, lanes), warp_sum(sum.y, lanes)};
+    put(channel, sum, channel < channels && lane == 0);
+  }
+}
+
+// The moments of a channel in this chunk about `origin` in fp64, by a whole warp: for the rare values whose squares
+// leave the range of fp32.
+template <typename T, typename Chunk>
+__device__ __forceinline__ double2 resum(const Chunk& chunk, const T* x, int channel, double origin) {
+  double2 sum{0, 0};
+  for (int i = threadIdx.x % kWarp; i < chunk.count(); i += kWarp) {
+    const double d = static_cast<double>(widen(x[chunk.element(channel, i)])) - origin;
+    sum.x += d;
+    sum.y += d * d;
+  }
+  return {warp_sum(sum.x), warp_sum(sum.y)};
+}
+
+// Entries of a row: one per warp, all about the centre of the first thread.
+template <typename A, typename Lanes, int kWidth>
+__device__ __forceinline__ void gather(const Shape& s, const RowChunk<kWidth>& chunk, const Lanes& lanes) {
+  A* const centre = shared_at<A>(s.layout.centre);
+  if (threadIdx.x == 0) *centre = lanes.k[0];
+  __syncthreads();
+  const Pair<A> pair = lanes.about(0, chunk.steps * kWidth, *centre);
+  const Pair<A> sum{warp_sum(pair.a), warp_sum(pair.b)};
+  if (threadIdx.x % kWarp == 0) shared_at<Pair<A>>(s.layout.sums)[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+}
+
+// Entries of a column: one per element of the group's row, each about the centre of the first thread of that column.
+// A few lanes of all threads at a time pass through shared memory.
+template <typename A, typename Lanes, int kWidth>
+__device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>& chunk, const Lanes& lanes) {
+  constexpr int kPass = kWidth < kPassLanes ? kWidth : kPassLanes;
+  A* const centre = shared_at<A>(s.layout.centre);
+  Pair<A>* const sums = shared_at<Pair<A>>(s.layout.sums);
+  Pair<A>* const parts = shared_at<Pair<A>>(s.layout.parts);
+  Pair<A>* const entries = shared_at<Pair<A>>(s.layout.entries);
+  const int thread = threadIdx.x, columns = chunk.columns(), first = chunk.column * kWidth;
+  const int rows = chunk.rows < chunk.rows_at_once ? chunk.rows : chunk.rows_at_once;  // that have summed something
+  const bool active = chunk.steps > 0;
+  const int outputs = columns * kPass, splits = outputs < kThreads ? kThreads / outputs : 1;
+  if (active && chunk.lane_row == 0)
+#pragma unroll
+    for (int l = 0; l < kWidth; ++l) centre[first + l] = lanes.k[l];
+  __syncthreads();
+#pragma unroll
+  for (int pass = 0; pass < kWidth; pass += kPass) {
+    if (active)
+#pragma unroll
+      for (int l = 0; l < kPass; ++l)
+        sums[chunk.lane_row * outputs + chunk.column * kPass + l] =
+            lanes.about(pass + l, chunk.steps, centre[first + pass + l]);
+    __syncthreads();
+    for (int i = thread; i < outputs * splits; i += kThreads) {
+      Pair<A> sum{0, 0};
+      for (int row = i / outputs; row < rows; row += splits) {
+        const Pair<A> pair = sums[row * outputs + i % outputs];
+        sum = {sum.a + pair.a, sum.b + pair.b};
+      }
+      parts[i] = sum;
+    }
+    __syncthreads();
+    for (int i = thread; i < outputs; i += kThreads) {
+      Pair<A> sum = parts[i];
+      for (int split = 1; split < splits; ++split) {
+        const Pair<A> pair = parts[split * outputs + i];
+        sum = {sum.a + pair.a, sum.b + pair.b};
+      }
+      entries[i / kPass * kWidth + pass + i % kPass] = sum;
+    }
+    // The next pass writes `sums`, which were read before the last barrier, and waits before it writes `parts`.
+  }
+  __syncthreads();
+}
+
+// Leaves the sums of the block about each channel's origin in `totals`.
+template <typename Op, typename Chunk, typename Lanes>
+__device__ __forceinline__ void sum_block(const Shape& s, const Op& op, const Chunk& chunk, const Lanes& lanes) {
+  using A = typename Op::A;
+  gather<A>(s, chunk, lanes);
+  const A* const centre = shared_at<A>(s.layout.centre);
+  const double* const origins = shared_at<double>(s.layout.origins);
+  const Pair<A>* const entries = shared_at<Pair<A>>(Chunk::kRow ? s.layout.sums : s.layout.entries);
+  double2* const totals = shared_at<double2>(s.layout.totals);
+  const int count = Chunk::kRow ? kWarps : static_cast<int>(s.inner.divisor);
+  const double most = chunk.count(), share = chunk.entry_count();
+  const auto get = [&](int channel, int i) {
+    const int at = channel * count + i;
+    // The entries of a row share one centre, so the first of them may stand for the elements of all.
+    const double n = !Chunk::kRow || i == 0 ? share : 0;
+    const double e = static_cast<double>(centre[Chunk::kRow ? 0 : at]) - origins[channel];
+    return Lanes::about_origin(entries[at], n, most, e);
+  };
+  const auto put = [&](int channel, double2 sum, bool writes) {
+    if constexpr (Op::kMoments) {
+      for (unsigned lost = __ballot_sync(kFullMask, writes && !isfinite(sum.y)); lost != 0; lost &= lost - 1) {
+        const int which = __shfl_sync(kFullMask, channel, __ffs(lost) - 1);
+        const double2 again = resum(chunk, op.x, which, origins[which]);
+        if (channel == which) sum = again;
+      }
+    }
+    if (writes) totals[channel] = sum;
+  };
+  fold(chunk.channels(), count, s.entry_lanes, get, put);
+  __syncthreads();
+}
+
+}  // namespace batchnorm_ext::cuda

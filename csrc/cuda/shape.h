@@ -1,0 +1,69 @@
+// What the kernels are told of a tensor: how it is cut up. Lengths are in packs where they say so, else in elements.
+//
+// A pack is what one load or store moves. Channels are taken in groups; `ranks` blocks share a group, each a chunk of
+// it. `teams` groups are worked on at the same time, each by a team of `ranks` blocks that walks over its groups.
+#pragma once
+
+#include <cstdint>
+
+#include "../geometry.h"
+
+namespace batchnorm_ext::cuda {
+
+#if defined(BATCHNORM_EXT_CUDA_THREADS)
+constexpr int kThreads = BATCHNORM_EXT_CUDA_THREADS;
+#else
+constexpr int kThreads = 512;  // of a block
+#endif
+#ifdef BPS
+constexpr int kBlocksPerSm = BPS;
+#else
+constexpr int kBlocksPerSm = 2;
+#endif
+// one loads while the other waits, reduces or stores
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kPassLanes = 4;           // lanes of a pack that a column reduction sums at a time
+constexpr int64_t kCounterBytes = 128;  // a cache line for each counter that blocks wait on
+
+// Exact quotients of numbers below 2^31 by multiplication (Granlund & Montgomery 1994, "Division by invariant integers
+// using multiplication", figure 4.1).
+struct Divider {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  Divider() = default;
+  explicit Divider(uint32_t d) : divisor(d) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+};
+
+// Where a block has its arrays in shared memory, in bytes. Pairs are of the accumulation type.
+struct Layout {
+  int32_t totals;        // double2 [width]: sums of the group
+  int32_t origins;       // double [width]: what they are about
+  int32_t coefficients;  // [coefficients, width]: of the map
+  int32_t centre;        // row: [1]; column: [columns * pack]
+  int32_t sums;          // row: pairs [warps]; column: pairs [threads, pass]
+  int32_t parts;         // column: pairs [max(threads, columns * pass)]
+  int32_t entries;       // column: pairs [columns * pack]
+  int32_t flag;          // int
+  int32_t kept;          // packs [inputs, slots]: what the block keeps of the tensor
+};
+
+struct Shape {
+  Geometry geometry;
+  int64_t stride;         // from one index of `outer` to the next
+  int64_t groups, chunk;  // chunk: of a rank, packs of the whole group (row) or rows of the tensor (column)
+  int32_t width;          // channels of a group; the last one may have fewer
+  int32_t columns;        // packs of a row of the group (column)
+  int32_t rows_at_once;   // rows that a block takes in one step (column)
+  int32_t ranks, teams;
+  int32_t slots;                    // packs of one input that a block keeps
+  int32_t entry_lanes, rank_lanes;  // threads that add up the sums of one channel: over a block, over the ranks
+  bool relay;          // each rank adds up some channels over the ranks for all, instead of all of them for itself
+  Divider run, inner;  // packs of a run of one channel (row); elements of one (column)
+  Layout layout;
+};
+
+}  // namespace batchnorm_ext::cuda
