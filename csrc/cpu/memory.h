@@ -1,5 +1,5 @@
-// Large outputs: from which size on they are streamed, and how their memory is come by. The kernel hands out zeroed 4 KB
-// pages one fault at a time, which costs several times the normalization itself; huge pages make it a few faults.
+// Large outputs: from which size on they are streamed, and how their memory is come by. The kernel hands out zeroed
+// 4 KB pages one fault at a time, which costs several times the normalization itself; huge pages make it a few faults.
 #pragma once
 
 #include <ATen/Parallel.h>

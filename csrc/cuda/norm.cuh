@@ -95,6 +95,7 @@ __device__ __forceinline__ bool sum_team(const Shape& s, const Workspace& ws, in
   if (s.relay) {
     sum_ranks(s, parts, channels, rank, s.ranks, [&](int c, double2 sum) { shared_totals[c] = sum; });
     meet(counter, rank, s.ranks);
+#pragma unroll 1
     for (int c = threadIdx.x; c < channels; c += kThreads) totals[c] = load_shared_by_blocks(&shared_totals[c]);
   } else {
     sum_ranks(s, parts, channels, 0, 1, [&](int c, double2 sum) { totals[c] = sum; });
@@ -111,13 +112,14 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
   const double2* const totals = shared_at<double2>(s.layout.totals);
   // A map after a reduction begins with what was read last, some of which the cache still holds.
   const int block = kPhase == Phase::kMap ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int team = block % s.teams, rank = block / s.teams;
+  const int rank = block / s.teams, team = block - rank * s.teams;
   bool leads = rank == 0;
   int half = 0;
-  for (int64_t group = team; group < s.groups; group += s.teams, half ^= 1) {
+  for (int group = team; group < s.groups; group += s.teams, half ^= 1) {
     const Chunk chunk(s, group, rank);
     if constexpr (kPhase != Phase::kMap) {
       if constexpr (Op::kMoments)
+#pragma unroll 1
         for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) origins[c] = op.origin(chunk.first + c);
       const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
       sum_block(s, op, chunk, lanes);
@@ -126,6 +128,7 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
         leads = leads || kPhase == Phase::kReduce;
       }
     }
+#pragma unroll 1
     for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) {
       A map[Op::kCoefficients];
       if constexpr (kPhase == Phase::kMap)

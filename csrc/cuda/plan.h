@@ -181,23 +181,25 @@ class Planner {
     shape_.geometry = g;
     shape_.stride = g.stats * g.inner;
     shape_.width = static_cast<int32_t>(width);
-    shape_.columns = static_cast<int32_t>(row() ? 1 : columns(width));
-    shape_.rows_at_once = row() ? 1 : kThreads / shape_.columns;
-    shape_.groups = ceil_div(g.stats, width);
-    shape_.run = Divider(static_cast<uint32_t>(row() ? g.inner / plan_.pack : 1));
-    shape_.inner = Divider(static_cast<uint32_t>(row() ? 1 : g.inner));
-    shape_.entry_lanes = row() ? kWarps : lanes_for(g.inner);
+    shape_.columns = Divider(row() ? 1 : columns(width));
+    shape_.rows_at_once = Divider(row() ? 1 : kThreads / columns(width));
+    shape_.outputs = Divider(shape_.columns.divisor * std::min(plan_.pack, kPassLanes));
+    shape_.splits = std::max<int32_t>(1, kThreads / shape_.outputs.divisor);
+    shape_.groups = static_cast<int32_t>(ceil_div(g.stats, width));
+    shape_.run = Divider(row() ? g.inner / plan_.pack : 1);
+    shape_.inner = Divider(row() ? 1 : g.inner);
+    shape_.entry_bits = thread_bits(row() ? kWarps : g.inner);
   }
 
-  // Threads that add up `count` numbers: a power of two, at most a warp.
-  static int32_t lanes_for(int64_t count) {
-    int32_t lanes = 1;
-    while (lanes < count && lanes < kWarp) lanes *= 2;
-    return lanes;
+  // As many threads as there are numbers to add up, rounded up to a power of two, but at most a warp.
+  static int32_t thread_bits(int64_t count) {
+    int32_t bits = 0;
+    while ((1 << bits) < count && (1 << bits) < kWarp) ++bits;
+    return bits;
   }
 
   void lay_out() {
-    const int64_t acc = request_.element_bytes == 8 ? 8 : 4, lanes = int64_t{shape_.columns} * plan_.pack;
+    const int64_t acc = request_.element_bytes == 8 ? 8 : 4, lanes = shape_.columns.divisor * plan_.pack;
     const int64_t pass = std::min(plan_.pack, kPassLanes);
     int64_t end = 0;
     const auto place = [&](int64_t bytes) {
@@ -212,7 +214,7 @@ class Planner {
     if (request_.reduces) {
       l.centre = place(acc * (row() ? 1 : lanes));
       l.sums = place(2 * acc * (row() ? kWarps : kThreads * pass));
-      l.parts = place(row() ? 0 : 2 * acc * std::max<int64_t>(kThreads, shape_.columns * pass));
+      l.parts = place(row() ? 0 : 2 * acc * std::max<int64_t>(kThreads, shape_.columns.divisor * pass));
       l.entries = place(row() ? 0 : 2 * acc * lanes);
       l.flag = place(sizeof(int));
     }
@@ -225,13 +227,13 @@ class Planner {
     return row() ? g.outer * (g.inner / plan_.pack) : g.outer;
   }
   // Packs that a block keeps of a chunk: whole steps of all threads in a column.
-  int64_t slots(int64_t chunk) const { return row() ? chunk : ceil_div(chunk, shape_.rows_at_once) * kThreads; }
+  int64_t slots(int64_t chunk) const { return row() ? chunk : ceil_div(chunk, shape_.rows_at_once.divisor) * kThreads; }
 
   void choose_policy() {
     const int64_t room = std::min(device_.shared_per_sm / kBlocksPerSm - kReserved, device_.shared_per_block);
     const int64_t slots = std::max<int64_t>(0, room - shape_.layout.kept) / (pack_bytes() * request_.inputs);
-    const int64_t most = row() ? slots : slots / kThreads * shape_.rows_at_once;  // of total(), in one block
-    facts_ = {device_, shape_.groups, total() * pack_bytes() * shape_.columns,
+    const int64_t most = row() ? slots : slots / kThreads * shape_.rows_at_once.divisor;  // of total(), in one block
+    facts_ = {device_, shape_.groups, total() * pack_bytes() * shape_.columns.divisor,
               most > 0 ? ceil_div(total(), most) : INT64_MAX, int64_t{kBlocksPerSm} * device_.sms};
     if (!request_.reduces || !request_.maps) {
       plan_.policy = request_.reduces ? Policy::kReduce : Policy::kMap;
@@ -281,14 +283,14 @@ class Planner {
                                                 : free_ranks(kMapChunkBytes);
     if (override_.ranks > 0 && !block) ranks = override_.ranks;
     if (grid) ranks = std::clamp(ranks, facts_.least_ranks, facts_.resident);
-    ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns * plan_.pack, kMostElements), total());
+    ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns.divisor * plan_.pack, kMostElements), total());
     if (!grid) ranks = std::min(ranks, std::max<int64_t>(1, kMostBlocks / shape_.groups));
     Shape s = shape_;
     s.chunk = ceil_div(total(), ranks);
     s.ranks = static_cast<int32_t>(ceil_div(total(), s.chunk));
-    const int64_t teams = grid ? std::min(s.groups, facts_.resident / s.ranks) : s.groups;
+    const int64_t teams = grid ? std::min<int64_t>(s.groups, facts_.resident / s.ranks) : s.groups;
     s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
-    s.rank_lanes = lanes_for(s.ranks);
+    s.rank_bits = thread_bits(s.ranks);
     s.relay = grid && int64_t{s.ranks} * s.width > (override_.relay > 0 ? override_.relay : kRelaySums);
     s.slots = block || grid ? static_cast<int32_t>(slots(s.chunk)) : 0;
     return {s, s.layout.kept + s.slots * pack_bytes() * request_.inputs};

@@ -23,21 +23,21 @@ __device__ __forceinline__ V* shared_at(int32_t offset) {
   return reinterpret_cast<V*>(dynamic_shared<unsigned char>() + offset);
 }
 
-// Adds up `count` pairs of each channel, with `lanes` threads a channel. put(channel, sum, writes) is called by whole
+// Adds up `count` pairs of each channel, with 2^bits threads a channel. put(channel, sum, writes) is called by whole
 // warps, so that it may use them; the sum is that of every thread's own channel, to be written by one of them.
 template <typename Get, typename Put>
-__device__ __forceinline__ void fold(int channels, int count, int lanes, const Get& get, const Put& put) {
-  const int thread = threadIdx.x, lane = thread % lanes;
-  for (int first = 0; first < channels; first += kThreads / lanes) {
-    const int channel = first + thread / lanes;
+__device__ __forceinline__ void fold(int channels, int count, int bits, const Get& get, const Put& put) {
+  const int thread = threadIdx.x, lanes = 1 << bits, lane = thread & (lanes - 1);
+#pragma unroll 1
+  for (int first = 0; first < channels; first += kThreads >> bits) {
+    const int channel = first + (thread >> bits);
     double2 sum{0, 0};
-    if (channel < channels) {
+    if (channel < channels)
+#pragma unroll 4
       for (int i = lane; i < count; i += lanes) {
         const double2 pair = get(channel, i);
-        sum.x += pair.x;
-        sum.y += pair.y;
+        sum = {sum.x + pair.x, sum.y + pair.y};
       }
-    }
     sum = {warp_sum(sum.x, lanes), warp_sum(sum.y, lanes)};
     put(channel, sum, channel < channels && lane == 0);
   }
@@ -48,6 +48,7 @@ __device__ __forceinline__ void fold(int channels, int count, int lanes, const G
 template <typename T, typename Chunk>
 __device__ __forceinline__ double2 resum(const Chunk& chunk, const T* x, int channel, double origin) {
   double2 sum{0, 0};
+#pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < chunk.count(); i += kWarp) {
     const double d = static_cast<double>(widen(x[chunk.element(channel, i)])) - origin;
     sum.x += d;
@@ -77,10 +78,12 @@ __device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>
   Pair<A>* const sums = shared_at<Pair<A>>(s.layout.sums);
   Pair<A>* const parts = shared_at<Pair<A>>(s.layout.parts);
   Pair<A>* const entries = shared_at<Pair<A>>(s.layout.entries);
-  const int thread = threadIdx.x, columns = chunk.columns(), first = chunk.column * kWidth;
-  const int rows = chunk.rows < chunk.rows_at_once ? chunk.rows : chunk.rows_at_once;  // that have summed something
+  const int thread = threadIdx.x, first = chunk.column * kWidth, outputs = s.outputs.divisor;
+  const int rows = chunk.rows < static_cast<int>(s.rows_at_once.divisor)
+                       ? chunk.rows
+                       : s.rows_at_once.divisor;  // that have summed something
+  const int used = chunk.columns() * kPass;       // of the outputs: the last group may be narrower
   const bool active = chunk.steps > 0;
-  const int outputs = columns * kPass, splits = outputs < kThreads ? kThreads / outputs : 1;
   if (active && chunk.lane_row == 0)
 #pragma unroll
     for (int l = 0; l < kWidth; ++l) centre[first + l] = lanes.k[l];
@@ -93,18 +96,24 @@ __device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>
         sums[chunk.lane_row * outputs + chunk.column * kPass + l] =
             lanes.about(pass + l, chunk.steps, centre[first + pass + l]);
     __syncthreads();
-    for (int i = thread; i < outputs * splits; i += kThreads) {
+#pragma unroll 1
+    for (int i = thread; i < outputs * s.splits; i += kThreads) {
+      const int split = divide(s.outputs, i), output = i - split * outputs;
       Pair<A> sum{0, 0};
-      for (int row = i / outputs; row < rows; row += splits) {
-        const Pair<A> pair = sums[row * outputs + i % outputs];
-        sum = {sum.a + pair.a, sum.b + pair.b};
-      }
+      if (output < used)
+#pragma unroll 2
+        for (int row = split; row < rows; row += s.splits) {
+          const Pair<A> pair = sums[row * outputs + output];
+          sum = {sum.a + pair.a, sum.b + pair.b};
+        }
       parts[i] = sum;
     }
     __syncthreads();
-    for (int i = thread; i < outputs; i += kThreads) {
+#pragma unroll 1
+    for (int i = thread; i < used; i += kThreads) {
       Pair<A> sum = parts[i];
-      for (int split = 1; split < splits; ++split) {
+#pragma unroll 2
+      for (int split = 1; split < s.splits; ++split) {
         const Pair<A> pair = parts[split * outputs + i];
         sum = {sum.a + pair.a, sum.b + pair.b};
       }
@@ -143,7 +152,7 @@ __device__ __forceinline__ void sum_block(const Shape& s, const Op& op, const Ch
     }
     if (writes) totals[channel] = sum;
   };
-  fold(chunk.channels(), count, s.entry_lanes, get, put);
+  fold(chunk.channels(), count, s.entry_bits, get, put);
   __syncthreads();
 }
 

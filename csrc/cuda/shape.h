@@ -13,14 +13,9 @@ namespace batchnorm_ext::cuda {
 #if defined(BATCHNORM_EXT_CUDA_THREADS)
 constexpr int kThreads = BATCHNORM_EXT_CUDA_THREADS;
 #else
-constexpr int kThreads = 512;  // of a block
+constexpr int kThreads = 256;  // of a block
 #endif
-#ifdef BPS
-constexpr int kBlocksPerSm = BPS;
-#else
-constexpr int kBlocksPerSm = 2;
-#endif
-// one loads while the other waits, reduces or stores
+constexpr int kBlocksPerSm = 3;  // one loads while the other waits, reduces or stores
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kPassLanes = 4;           // lanes of a pack that a column reduction sums at a time
@@ -32,9 +27,9 @@ struct Divider {
   uint32_t divisor = 1, multiplier = 1, shift = 0;
 
   Divider() = default;
-  explicit Divider(uint32_t d) : divisor(d) {
-    while ((uint64_t{1} << shift) < d) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  explicit Divider(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    multiplier = static_cast<uint32_t>((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d) / d + 1);
   }
 };
 
@@ -53,16 +48,21 @@ struct Layout {
 
 struct Shape {
   Geometry geometry;
-  int64_t stride;         // from one index of `outer` to the next
-  int64_t groups, chunk;  // chunk: of a rank, packs of the whole group (row) or rows of the tensor (column)
-  int32_t width;          // channels of a group; the last one may have fewer
-  int32_t columns;        // packs of a row of the group (column)
-  int32_t rows_at_once;   // rows that a block takes in one step (column)
+  int64_t stride;  // from one index of `outer` to the next
+  int64_t chunk;   // of a rank: packs of the whole group (row) or rows of the tensor (column)
+  int32_t groups;
+  int32_t width;  // channels of a group; the last one may have fewer
   int32_t ranks, teams;
-  int32_t slots;                    // packs of one input that a block keeps
-  int32_t entry_lanes, rank_lanes;  // threads that add up the sums of one channel: over a block, over the ranks
-  bool relay;          // each rank adds up some channels over the ranks for all, instead of all of them for itself
-  Divider run, inner;  // packs of a run of one channel (row); elements of one (column)
+  int32_t slots;         // packs of one input that a block keeps
+  int32_t entry_bits;    // 2^bits threads add up the sums of one channel over a block,
+  int32_t rank_bits;     // and over the ranks
+  bool relay;            // each rank adds up some channels over the ranks for all, instead of all for itself
+  Divider run;           // row: packs of a run of one channel
+  Divider inner;         // column: elements of one channel in a row of the tensor
+  Divider columns;       // column: packs of the group in a row of the tensor
+  Divider rows_at_once;  // column: rows that a block takes in one step
+  Divider outputs;       // column: sums that a pass of the reduction gives
+  int32_t splits;        // column: threads that share one of them
   Layout layout;
 };
 

@@ -62,6 +62,7 @@ __device__ __forceinline__ bool comes_last(unsigned* counter, int rank, int rank
 // Tells the sums of this block to the team.
 __device__ __forceinline__ void publish(const Shape& s, double2* parts, int channels, int rank) {
   const double2* const totals = shared_at<double2>(s.layout.totals);
+#pragma unroll 1
   for (int c = threadIdx.x; c < channels; c += kThreads) parts[static_cast<int64_t>(c) * s.ranks + rank] = totals[c];
 }
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ void sum_ranks(const Shape& s, const double2* parts, 
   const auto get = [&](int i, int rank) {
     return load_shared_by_blocks(&parts[static_cast<int64_t>(first + i * step) * s.ranks + rank]);
   };
-  fold((channels - first + step - 1) / step, s.ranks, s.rank_lanes, get, [&](int i, double2 sum, bool writes) {
+  fold((channels - first + step - 1) / step, s.ranks, s.rank_bits, get, [&](int i, double2 sum, bool writes) {
     if (writes) put(first + i * step, sum);
   });
 }

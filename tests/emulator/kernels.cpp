@@ -177,9 +177,8 @@ class Test {
       workspace_ = std::make_unique<Buffer<unsigned char>>(scratch.bytes);
       std::fill_n(workspace_->data(), scratch.parts, 0);
       const Shape& s = plan.first.shape;
-      std::printf("rule=\"%s\" row=%d pack=%d ranks=%d teams=%d groups=%ld width=%d relay=%d blocks=%ld\n", plan.rule,
-                  plan.pattern == Pattern::kRow, plan.pack, s.ranks, s.teams, static_cast<long>(s.groups), s.width,
-                  s.relay,
+      std::printf("rule=\"%s\" row=%d pack=%d ranks=%d teams=%d groups=%d width=%d relay=%d blocks=%ld\n", plan.rule,
+                  plan.pattern == Pattern::kRow, plan.pack, s.ranks, s.teams, s.groups, s.width, s.relay,
                   static_cast<long>(plan.first.blocks() + (plan.policy == Policy::kSplit ? plan.second.blocks() : 0)));
     }
     emulator::poison(workspace_->data() + scratch.parts, scratch.bytes - scratch.parts);
