@@ -30,11 +30,12 @@ inline void check_per_channel(const at::Tensor& x, const std::optional<at::Tenso
               tensor->scalar_type());
 }
 
-inline void check_forward(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
-                          const std::optional<at::Tensor>& running_var,
-                          const std::optional<at::Tensor>& num_batches_tracked, bool training,
-                          std::optional<double> momentum, double eps) {
+// What every forward takes but for its own input. `training`: the statistics are those of a batch.
+inline void check_parameters(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                             const std::optional<at::Tensor>& running_var,
+                             const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                             std::optional<double> momentum, double eps) {
   check_input(x);
   check_per_channel(x, weight, "weight");
   check_per_channel(x, bias, "bias");
@@ -48,8 +49,6 @@ inline void check_forward(const at::Tensor& x, const std::optional<at::Tensor>& 
   TORCH_CHECK_VALUE(eps > 0 || (!training && eps == 0), "batch_norm: expected eps to be positive",
                     training ? " in training" : " or zero", ", got ", eps);
   if (!training) return;
-  TORCH_CHECK_VALUE(x.numel() != x.size(1) || x.numel() == 0,
-                    "batch_norm: expected more than 1 value per channel when training, got input size ", x.sizes());
   TORCH_CHECK_VALUE(momentum || !running_mean || num_batches_tracked,
                     "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
   if (num_batches_tracked)
@@ -58,6 +57,24 @@ inline void check_forward(const at::Tensor& x, const std::optional<at::Tensor>& 
                 "batch_norm: expected num_batches_tracked to be one int64 on ", x.device(), ", got ",
                 num_batches_tracked->numel(), " of dtype ", num_batches_tracked->scalar_type(), " on ",
                 num_batches_tracked->device());
+}
+
+inline void check_forward(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                          const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+                          const std::optional<at::Tensor>& running_var,
+                          const std::optional<at::Tensor>& num_batches_tracked, bool training,
+                          std::optional<double> momentum, double eps) {
+  check_parameters(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+  TORCH_CHECK_VALUE(!training || x.numel() != x.size(1) || x.numel() == 0,
+                    "batch_norm: expected more than 1 value per channel when training, got input size ", x.sizes());
+}
+
+// `numel` float64 values in a row, which sums over ranks arrive in.
+inline void check_sums(const at::Tensor& x, const at::Tensor& sums, int64_t numel, const char* name) {
+  TORCH_CHECK(sums.dim() == 1 && sums.numel() == numel && sums.is_contiguous() && sums.scalar_type() == at::kDouble &&
+                  sums.device() == x.device(),
+              "batch_norm: expected ", name, " to be ", numel, " contiguous float64 values on ", x.device(), ", got ",
+              sums.scalar_type(), sums.sizes(), " on ", sums.device());
 }
 
 inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const std::optional<at::Tensor>& weight,

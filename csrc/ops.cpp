@@ -21,4 +21,25 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
+  // between them. They have no derivatives of their own.
+  //
+  // With n elements per channel and M2 = sum((x - mean)^2), in float64, [2C + 1]; zeros for an empty batch:
+  // sums = [n * mean | M2 + n * mean^2 | n]
+  m.def("moments(Tensor x) -> Tensor");
+
+  // batch_norm in training with the statistics that the sums, of any number of batches, say:
+  //   mean = sums[:C] / n,  variance = max(0, sums[C:2C] / n - mean^2),  n = sums[2C]
+  // The running statistics are updated even where x is empty, since they are to agree on all ranks. For n == 0 there
+  // are no statistics (NaN) and nothing is updated. For n == 1 there is no unbiased variance: running_var stays.
+  m.def(
+      "apply(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor sums, float? momentum, float eps) -> (Tensor y, Tensor stats)");
+
+  // grad_sums = [sum(dy) | sum(dy * xhat)] in float64, [2C]; zeros for an empty batch
+  m.def("grad_moments(Tensor dy, Tensor x, Tensor stats) -> Tensor");
+
+  // dx = weight * invstd * (dy - grad_sums[:C] / count - xhat * grad_sums[C:] / count),  count: one float64
+  m.def("grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor grad_sums, Tensor count) -> Tensor dx");
 }

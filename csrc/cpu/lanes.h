@@ -23,6 +23,8 @@ inline void flush(const Block<A>& partial, const double* totals, bool first, dou
   for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? lanes[l] : totals[l] + lanes[l];
 }
 
+// Bodies of inner loops are inlined on demand: what a compiler decides by itself depends on who else calls them.
+//
 // Calls body.operator()<V>(first vector, load) with load(p) the block of V vectors from there on: once for a full block
 // (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes.
 template <typename T, typename Body>
@@ -53,7 +55,7 @@ struct LaneMoments {
     if (n == 0 && blocks > 0) start(p, stride, std::min(blocks, kFirstTile), lanes);
     while (blocks > 0) {
       const int64_t tile = std::min(blocks, next_tile - n);
-      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sum[V], squares[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = k.v[first + q];
@@ -133,7 +135,7 @@ struct LaneGradSums {
   void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
     while (blocks > 0) {
       const int64_t tile = std::min(blocks, kTile - n);
-      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = mean.v[first + q];

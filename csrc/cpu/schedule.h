@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 namespace batchnorm_ext::cpu {
 
@@ -36,6 +37,11 @@ struct Schedule {
     const int64_t busiest = (blocks + threads - 1) / threads * threads;  // blocks of the busiest thread, times threads
     whole_blocks = chunks == 1 || threads == 1 || (busiest - blocks) * 4 <= blocks;
   }
+};
+
+// A map that leaves the reduction alone.
+struct NoMap {
+  void operator()(int64_t, int64_t) const {}
 };
 
 // reduce(block, chunk, a, b)         writes two numbers per channel of the block
@@ -84,9 +90,10 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
     }
     finish(begin, end - begin, a, a + stats);
   });
-  at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks);
-  });
+  if constexpr (!std::is_same_v<Map, NoMap>)
+    at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks);
+    });
 }
 
 // Every chunk on its own, for maps that need no reduction: in the order of memory, as far as the pattern can.

@@ -1,0 +1,147 @@
+// The halves of training on the CPU: what is reduced leaves as float64 sums, which SyncBatchNorm adds up over ranks,
+// and what is mapped takes such sums. The passes are those of the fused ops. Built once per instruction set.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "../checks.h"
+#include "../layout.h"
+#include "maps.h"
+#include "passes.h"
+#include "per_channel.h"
+
+namespace batchnorm_ext::cpu {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor moments(const Tensor& input) {
+  check_input(input);
+  const Tensor x = dense(input);
+  const int64_t channels = x.size(1);
+  const auto options = x.options().dtype(at::kDouble);
+  if (x.numel() == 0) return at::zeros({2 * channels + 1}, options);
+  Tensor sums = at::empty({2 * channels + 1}, options);
+  const Geometry geometry = geometry_of(x);
+  const double count = static_cast<double>(geometry.count());
+  double* const first_moment = sums.mutable_data_ptr<double>();
+  double* const second_moment = first_moment + channels;
+  first_moment[2 * channels] = count;
+  const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
+    for (int64_t i = 0; i < width; ++i) {
+      first_moment[first + i] = count * mean[i];
+      second_moment[first + i] = m2[i] + count * mean[i] * mean[i];
+    }
+  };
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
+    with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
+      const Schedule schedule(pattern, channels, x.numel());
+      reduce_moments(pattern, schedule, x.const_data_ptr<scalar_t>(), finish, NoMap());
+    });
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor> apply(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                 const OptionalTensor& num_batches_tracked, const Tensor& sums,
+                                 std::optional<double> momentum, double eps) {
+  check_parameters(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true, momentum,
+                   eps);
+  const int64_t channels = input.size(1);
+  check_sums(input, sums, 2 * channels + 1, "sums");
+  const Tensor x = dense(input);
+  Tensor y = empty_output_like(x);
+  Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
+  double* const mean = stats.mutable_data_ptr<double>();
+  double* const invstd = mean + channels;
+  const double *const first_moment = sums.const_data_ptr<double>(), *const second_moment = first_moment + channels;
+  const double count = first_moment[2 * channels];
+  const Channels var(new double[channels]);
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = first_moment[c] / count;
+    const double difference = second_moment[c] / count - mean[c] * mean[c];
+    var[c] = difference < 0 ? 0 : difference;  // by rounding; NaN stays
+    invstd[c] = 1 / std::sqrt(var[c] + eps);
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "apply", [&] {
+    using A = Acc<scalar_t>;
+    CoefficientTable<A, 3> table(channels);
+    set_normalize(table, 0, channels, mean, invstd, read_channels(weight, channels, 1).get(),
+                  read_channels(bias, channels, 0).get());
+    map_tensor(geometry_of(x), Normalize<A>(), table.view(), y.mutable_data_ptr<scalar_t>(),
+               x.const_data_ptr<scalar_t>());
+  });
+  if (count > 0) track(running_mean, running_var, num_batches_tracked, momentum, channels, count, mean, var.get());
+  return {std::move(y), std::move(stats)};
+}
+
+Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
+  check_backward(grad, input, std::nullopt, stats);
+  const Tensor x = dense(input);
+  const int64_t channels = x.size(1);
+  const auto options = x.options().dtype(at::kDouble);
+  if (x.numel() == 0) return at::zeros({2 * channels}, options);
+  const Tensor dy = like_layout(grad, x);
+  Tensor sums = at::empty({2 * channels}, options);
+  double *const dbias_out = sums.mutable_data_ptr<double>(), *const dweight_out = dbias_out + channels;
+  const double *const mean = stats.const_data_ptr<double>(), *const invstd = mean + channels;
+  const auto finish = [&](int64_t first, int64_t width, const double* dbias, const double* dweight) {
+    std::copy_n(dbias, width, dbias_out + first);
+    std::copy_n(dweight, width, dweight_out + first);
+  };
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_moments", [&] {
+    using A = Acc<scalar_t>;
+    const Geometry geometry = geometry_of(x);
+    CoefficientTable<A, 1> centre(channels);
+    for (int64_t c = 0; c < channels; ++c) centre.row(0)[c] = static_cast<A>(mean[c]);
+    with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
+      const Schedule schedule(pattern, channels, x.numel());
+      reduce_grads(pattern, schedule, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean,
+                   invstd, finish, NoMap());
+    });
+  });
+  return sums;
+}
+
+Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
+                  const Tensor& grad_sums, const Tensor& count) {
+  check_backward(grad, input, weight, stats);
+  const int64_t channels = input.size(1);
+  check_sums(input, grad_sums, 2 * channels, "grad_sums");
+  check_sums(input, count, 1, "count");
+  const Tensor x = dense(input);
+  const Tensor dy = like_layout(grad, x);
+  Tensor dx = empty_output_like(x);
+  const double *const mean = stats.const_data_ptr<double>(), *const invstd = mean + channels;
+  const double* const sums = grad_sums.const_data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_apply", [&] {
+    using A = Acc<scalar_t>;
+    CoefficientTable<A, 4> table(channels);
+    for (int64_t c = 0; c < channels; ++c) table.row(0)[c] = static_cast<A>(mean[c]);
+    set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,
+                       read_channels(weight, channels, 1).get());
+    map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), dx.mutable_data_ptr<scalar_t>(),
+               dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>());
+  });
+  return dx;
+}
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
+  m.impl("moments", moments);
+  m.impl("apply", apply);
+  m.impl("grad_moments", grad_moments);
+  m.impl("grad_apply", grad_apply);
+}
+
+}  // namespace
+}  // namespace batchnorm_ext::cpu

@@ -1,0 +1,86 @@
+// What the maps of batch normalization do to an element, and the coefficients of each channel that they need.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "../math.h"
+#include "vec.h"
+
+namespace batchnorm_ext::cpu {
+
+// kCount numbers per channel, each in a row of its own.
+template <typename A, int kCount>
+class CoefficientTable {
+ public:
+  using View = const A* [kCount];
+
+  explicit CoefficientTable(int64_t stats) : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
+    for (int i = 0; i < kCount; ++i) view_[i] = values_.get() + i * pitch_;
+  }
+  A* row(int i) { return values_.get() + i * pitch_; }
+  const View& view() const { return view_; }
+
+ private:
+  int64_t pitch_;  // padded: whole vectors are read from any channel on
+  std::unique_ptr<A[]> values_;
+  View view_;
+};
+
+// y = (x - mean) * scale + shift
+template <typename A>
+struct Normalize {
+  static constexpr int kCoefficients = 3;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
+};
+
+// dx = scale * (dy - (x - mean) * slope - offset)
+template <typename A>
+struct NormalizeGrad {
+  static constexpr int kCoefficients = 4;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
+    return c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]));
+  }
+};
+
+// dx = scale * dy
+template <typename A>
+struct Scale {
+  static constexpr int kCoefficients = 1;
+  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
+  Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
+};
+
+// Of channels [first, first + width). Separate rows, so that the compiler may turn channels into lanes.
+template <typename A>
+void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
+                   const double* invstd, const double* weight, const double* bias) {
+  A *const centre = table.row(0), *const scale = table.row(1), *const shift = table.row(2);
+#pragma GCC ivdep
+  for (int64_t c = first; c < first + width; ++c) {
+    const Affine<A> affine = make_affine<A>(mean[c], invstd[c], weight[c], bias[c]);
+    centre[c] = affine.mean;
+    scale[c] = affine.scale;
+    shift[c] = affine.shift;
+  }
+}
+
+// The same for NormalizeGrad. The sums begin at the first channel; the centre is there already.
+template <typename A>
+void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t width, const double* dbias,
+                        const double* dweight, double count, const double* mean, const double* invstd,
+                        const double* weight) {
+  A *const slope = table.row(1), *const offset = table.row(2), *const scale = table.row(3);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < width; ++i) {
+    const int64_t c = first + i;
+    const GradAffine<A> affine = make_grad_affine<A>({dbias[i], dweight[i]}, count, mean[c], invstd[c], weight[c]);
+    slope[c] = affine.slope;
+    offset[c] = affine.offset;
+    scale[c] = affine.scale;
+  }
+}
+
+}  // namespace batchnorm_ext::cpu
