@@ -40,7 +40,8 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 # Every architecture since Ampere; PTX of the last lets later ones compile it themselves.
 ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0 10.0 12.0+PTX")
-NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3"]
+NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
+NVCC_FLAGS += ["-std=c++20"]
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would
 # choose is loaded.
@@ -84,8 +85,8 @@ def extensions() -> list:
         modules.append(
             CUDAExtension(
                 f"{PACKAGE}._cuda",
-                sources("csrc/cuda/*.cu"),
-                extra_compile_args={"cxx": flags, "nvcc": [*NVCC_FLAGS, "-std=c++20"]},
+                [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
+                extra_compile_args={"cxx": [*flags, "-std=c++20"], "nvcc": NVCC_FLAGS},
             )
         )
     return modules

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import re
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,12 @@ from torch.autograd import forward_ad
 logger = logging.getLogger("batchnorm_ext")
 
 
-def _load() -> str:
-    """Load the operators and the CPU kernels for this machine; return their instruction set."""
+def _load() -> tuple[str, list[tuple[int, int, bool]]]:
+    """Load the operators and the kernels for this machine.
+
+    Returns the instruction set of the CPU kernels, and the architectures of the CUDA kernels: their
+    compute capability, and whether later ones can compile them.
+    """
     try:
         from batchnorm_ext import _build
     except ImportError:
@@ -39,12 +44,14 @@ def _load() -> str:
             torch.ops.load_library(spec.origin)
             break
     cuda = importlib.util.find_spec("batchnorm_ext._cuda")
-    if cuda is not None:
-        torch.ops.load_library(cuda.origin)
-    return name
+    if cuda is None:
+        return name, []
+    torch.ops.load_library(cuda.origin)
+    built = re.findall(r"(\d+)\.(\d+)\w?(\+PTX)?", _build.CUDA_ARCHITECTURES)
+    return name, [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
 
 
-_instruction_set = _load()
+_instruction_set, _cuda_architectures = _load()
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 
@@ -53,7 +60,6 @@ _DTYPES = frozenset(
     (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 )
-_DEVICES = frozenset(("cpu", "meta"))
 
 
 def takes(input: Tensor) -> bool:
@@ -62,7 +68,7 @@ def takes(input: Tensor) -> bool:
         type(input) in (Tensor, nn.Parameter)
         and input.dtype in _DTYPES
         and input.layout is torch.strided
-        and (input.is_cpu or input.device.type in _DEVICES)
+        and (input.is_cpu or _has_kernels_for(input.device))
         and not _functorch_active()
         and forward_ad._current_level < 0
     ):
@@ -82,11 +88,31 @@ def _refusal(input: Tensor) -> str | None:
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
         return f"dtype {input.dtype}"
-    if input.device.type not in _DEVICES:
-        return f"device {input.device.type}"
+    if not _has_kernels_for(input.device):
+        return f"device {input.device}"
     if _dispatches_in_python(input) and not isinstance(input, FakeTensor | FunctionalTensor):
         return f"tensor subclass {type(input).__qualname__}"
     return None
+
+
+def _has_kernels_for(device: torch.device) -> bool:
+    if device.type == "cuda" and _cuda_architectures:
+        return _has_kernels_for_cuda(device.index)
+    return device.type in ("cpu", "meta")
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels_for_cuda(index: int) -> bool:
+    return _is_covered(index)
+
+
+@functools.cache
+def _is_covered(index: int) -> bool:
+    found = torch.cuda.get_device_capability(index)
+    return any(
+        (major, minor) <= found and (later or major == found[0])
+        for major, minor, later in _cuda_architectures
+    )
 
 
 def _dispatches_in_python(input: Tensor) -> bool:

@@ -35,5 +35,6 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& wei
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCPU, m) { m.impl("batch_norm", batch_norm<at::kCPU>); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCUDA, m) { m.impl("batch_norm", batch_norm<at::kCUDA>); }
 
 }  // namespace batchnorm_ext

@@ -113,7 +113,7 @@ struct Forward {
     if (leads && running_mean && n > 0) {
       const double factor = isnan(momentum) ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
       running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
-      running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
+      if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
     }
     set(c, mean, invstd, map);
   }

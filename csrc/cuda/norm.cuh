@@ -111,9 +111,10 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
   double* const origins = shared_at<double>(s.layout.origins);
   const double2* const totals = shared_at<double2>(s.layout.totals);
   // A map after a reduction begins with what was read last, some of which the cache still holds.
-  const int block = kPhase == Phase::kMap ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int rank = block / s.teams, team = block - rank * s.teams;
-  bool leads = rank == 0;
+  const bool backwards = kPhase == Phase::kMap;
+  const int rank = backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+  const int team = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const bool leads = kPhase == Phase::kReduce || rank == 0;  // of a reduction, only the block that leads goes on
   int half = 0;
   for (int group = team; group < s.groups; group += s.teams, half ^= 1) {
     const Chunk chunk(s, group, rank);
@@ -123,10 +124,7 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
         for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) origins[c] = op.origin(chunk.first + c);
       const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
       sum_block(s, op, chunk, lanes);
-      if (s.ranks > 1) {
-        if (!sum_team<kPhase>(s, ws, chunk.channels(), team, rank, half)) return;
-        leads = leads || kPhase == Phase::kReduce;
-      }
+      if (s.ranks > 1 && !sum_team<kPhase>(s, ws, chunk.channels(), team, rank, half)) return;
     }
 #pragma unroll 1
     for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) {

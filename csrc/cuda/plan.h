@@ -38,13 +38,13 @@ struct Launch {
   Shape shape;
   int64_t shared_bytes;
 
-  int64_t blocks() const { return int64_t{shape.ranks} * shape.teams; }
+  int64_t blocks() const { return int64_t{shape.teams} * shape.ranks; }  // a grid of these two dimensions
 };
 
-// Global memory that the blocks of a plan share, in bytes from its beginning. Only the counters have to be zero before
-// the first launch, and they are so again after each.
+// Global memory that the blocks of a plan share. The counters are apart, since they have to be zero before their first
+// launch, and are so again after each. The rest begins with the sums of the blocks; offsets in bytes.
 struct Scratch {
-  int64_t counters, parts, totals, between, bytes;
+  int64_t counter_bytes, totals, between, bytes;
 };
 
 struct Plan {
@@ -61,25 +61,28 @@ struct Plan {
     const Shape& s = first.shape;
     const int64_t teams = s.ranks > 1 ? s.teams : 0, pair = 2 * sizeof(double);
     Scratch scratch{};
-    scratch.counters = kCounterBytes;  // after the ticket
-    scratch.parts = scratch.counters + teams * kCounterBytes;
-    scratch.totals = scratch.parts + 2 * teams * s.width * s.ranks * pair;
+    scratch.counter_bytes = (1 + teams) * kCounterBytes;  // a ticket, and one for each team
+    scratch.totals = 2 * teams * s.width * s.ranks * pair;
     scratch.between = scratch.totals + teams * s.width * pair;
-    scratch.bytes = scratch.between + s.geometry.stats * pair;
+    scratch.bytes = scratch.between + (policy == Policy::kSplit ? s.geometry.stats * pair : 0);
     return scratch;
   }
 };
 
-// For tuning: BATCHNORM_EXT_CUDA_PLAN="policy=grid,ranks=8,width=32,relay=1000", relay being kRelaySums. What is left
-// out follows the rules.
+// What the user has a say in: BATCHNORM_EXT_CUDA_PLAN="policy=grid,ranks=8,width=32,relay=1000,margin=16". What is left
+// out follows the rules. `relay` is kRelaySums; `margin` is the number of multiprocessors left to others: a grid waits
+// until all of its blocks find room, and may so be kept from running beside the collectives of data-parallel training.
 struct Override {
   Policy policy = Policy::kMap;  // kMap: none
-  int64_t ranks = 0, width = 0, relay = 0;
+  int64_t ranks = 0, width = 0, relay = 0, margin = 0;
 
-  static Override from_environment() {
-    Override o;
+  static const char* environment() {
     const char* text = std::getenv("BATCHNORM_EXT_CUDA_PLAN");
-    if (text == nullptr) return o;
+    return text != nullptr ? text : "";
+  }
+
+  static Override from_text(const char* text) {
+    Override o;
     const auto value = [&](const char* key) {
       const char* found = std::strstr(text, key);
       return found == nullptr ? "" : found + std::strlen(key);
@@ -93,6 +96,7 @@ struct Override {
     o.ranks = std::atoll(value("ranks="));
     o.width = std::atoll(value("width="));
     o.relay = std::atoll(value("relay="));
+    o.margin = std::atoll(value("margin="));
     return o;
   }
 };
@@ -104,6 +108,7 @@ constexpr int64_t kReduceChunkBytes = 512 << 10;     // for a launch that only r
 constexpr int64_t kReserved = 1 << 10;               // of shared memory, by the system, for every block
 constexpr int64_t kRelaySums = 2048;                 // sums of other ranks that a block still adds up for itself
 constexpr int64_t kMostBlocks = int64_t{1} << 30;    // of a launch
+constexpr int64_t kMostRanks = 65535;                // the second dimension of a CUDA grid
 constexpr int64_t kMostElements = int64_t{1} << 30;  // of a chunk, and of a run: their sum is divided in 31 bits
 
 // What the rules look at. least_ranks: blocks it takes to keep a group; resident: blocks on the chip at once.
@@ -137,8 +142,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 class Planner {
  public:
-  Planner(const Request& request, const Device& device, const Override& override = Override::from_environment())
-      : request_(request), device_(device), override_(override) {}
+  Planner(const Request& request, const Device& device, const Override& override)
+      : request_(request), device_(device), override_(override) {
+    device_.sms = static_cast<int>(std::max<int64_t>(1, device_.sms - override_.margin));
+  }
 
   Plan plan() {
     choose_pattern();
@@ -284,6 +291,7 @@ class Planner {
     if (override_.ranks > 0 && !block) ranks = override_.ranks;
     if (grid) ranks = std::clamp(ranks, facts_.least_ranks, facts_.resident);
     ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns.divisor * plan_.pack, kMostElements), total());
+    ranks = std::min(ranks, kMostRanks);
     if (!grid) ranks = std::min(ranks, std::max<int64_t>(1, kMostBlocks / shape_.groups));
     Shape s = shape_;
     s.chunk = ceil_div(total(), ranks);

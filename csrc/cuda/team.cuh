@@ -9,10 +9,10 @@ namespace batchnorm_ext::cuda {
 // Counters are zero before the first launch, and whole rounds leave them so but for the top bit.
 struct Workspace {
   Workspace() = default;
-  Workspace(void* memory, const Scratch& scratch)
-      : ticket(at<unsigned>(memory, 0)),
-        counters(at<unsigned>(memory, scratch.counters)),
-        parts(at<double2>(memory, scratch.parts)),
+  Workspace(void* counters, void* memory, const Scratch& scratch)
+      : ticket(static_cast<unsigned*>(counters)),
+        counters(ticket + kCounterBytes / sizeof(unsigned)),
+        parts(at<double2>(memory, 0)),
         totals(at<double2>(memory, scratch.totals)) {}
 
   unsigned* ticket;    // of the leaders

@@ -171,22 +171,23 @@ class Test {
     device.sms = static_cast<int>(settings_.number("sms", 4));
     device.shared_per_sm = device.shared_per_block = settings_.number("shared", 128 << 10);
     device.cooperative = settings_.number("cooperative", 1) != 0;
-    const Plan plan = Planner(request, device).plan();
+    const Plan plan = Planner(request, device, Override::from_text(Override::environment())).plan();
     const Scratch scratch = plan.scratch();
-    if (!workspace_) {
-      workspace_ = std::make_unique<Buffer<unsigned char>>(scratch.bytes);
-      std::fill_n(workspace_->data(), scratch.parts, 0);
+    if (!counters_) {
+      counters_ = std::make_unique<Buffer<unsigned char>>(scratch.counter_bytes);
+      scratch_ = std::make_unique<Buffer<unsigned char>>(scratch.bytes);
+      std::fill_n(counters_->data(), scratch.counter_bytes, 0);
       const Shape& s = plan.first.shape;
       std::printf("rule=\"%s\" row=%d pack=%d ranks=%d teams=%d groups=%d width=%d relay=%d blocks=%ld\n", plan.rule,
                   plan.pattern == Pattern::kRow, plan.pack, s.ranks, s.teams, s.groups, s.width, s.relay,
                   static_cast<long>(plan.first.blocks() + (plan.policy == Policy::kSplit ? plan.second.blocks() : 0)));
     }
-    emulator::poison(workspace_->data() + scratch.parts, scratch.bytes - scratch.parts);
-    const Workspace workspace(workspace_->data(), scratch);
-    auto* const between = reinterpret_cast<double*>(workspace_->data() + scratch.between);
+    emulator::poison(scratch_->data(), scratch.bytes);
+    const Workspace workspace(counters_->data(), scratch_->data(), scratch);
+    auto* const between = reinterpret_cast<double*>(scratch_->data() + scratch.between);
     cuda::run(plan, op, between, [&](Phase phase, const Launch& how, const Op& part) {
       with_kernel<Op>(phase, plan, [&](auto kernel) {
-        emulator::launch({.grid = static_cast<unsigned>(how.blocks()),
+        emulator::launch({.grid = {static_cast<unsigned>(how.shape.teams), static_cast<unsigned>(how.shape.ranks)},
                           .block = kThreads,
                           .shared_bytes = static_cast<std::size_t>(how.shared_bytes),
                           .cooperative = phase == Phase::kFused && how.shape.ranks > 1,
@@ -364,7 +365,7 @@ class Test {
   std::mt19937 random_;
   Buffer<T> x_, dy_, extra_;
   Buffer<float> weight_, bias_;
-  std::unique_ptr<Buffer<unsigned char>> workspace_;
+  std::unique_ptr<Buffer<unsigned char>> counters_, scratch_;
 };
 
 }  // namespace
