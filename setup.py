@@ -29,6 +29,7 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 # errno would keep sqrt from being vectorized; contraction would round the same expression
 # differently in vector and scalar code, and with it the result for different numbers of threads
 FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno", "-ffp-contract=off"]
+FLAGS += ["-std=c++20"]
 # calls between the kernels need not go through the linkage table
 FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 WARNINGS = [
@@ -86,7 +87,7 @@ def extensions() -> list:
             CUDAExtension(
                 f"{PACKAGE}._cuda",
                 [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
-                extra_compile_args={"cxx": [*flags, "-std=c++20"], "nvcc": NVCC_FLAGS},
+                extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
             )
         )
     return modules

@@ -64,6 +64,18 @@ const Plan& plan_for(const Request& r, int device) {
   return plans.emplace(key, Planner(r, describe(device), Override::from_text(text)).plan()).first->second;
 }
 
+// Of the capture that the stream is part of, or 0.
+unsigned long long capture_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status{};
+  unsigned long long id = 0;
+#if CUDART_VERSION >= 13000
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+#else
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, &id));
+#endif
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 // Counters for all launches on a stream, which come one after the other. Launches that are captured get others, since
 // their graph may be replayed on any stream at any time. For the same reason they are never given back; they are not
 // from torch's allocator because a stream may belong to one of its private pools today and not tomorrow.
@@ -72,14 +84,11 @@ void* counters_for(int64_t bytes, int device, cudaStream_t stream) {
     void* memory;
     int64_t bytes;
   };
-  using Key = std::tuple<int, cudaStream_t, c10::CaptureId_t>;
+  using Key = std::tuple<int, cudaStream_t, unsigned long long>;
   static std::mutex mutex;
   static auto& known = *new std::map<Key, Counters>;  // outlives the threads that may still launch at exit
 
-  cudaStreamCaptureStatus status{};
-  unsigned long long capture = 0;
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture));
-  if (status != cudaStreamCaptureStatusActive) capture = 0;
+  const unsigned long long capture = capture_of(stream);
   const std::lock_guard<std::mutex> lock(mutex);
   Counters& counters = known[{device, stream, capture}];
   if (counters.bytes >= bytes) return counters.memory;
