@@ -101,9 +101,13 @@ def _has_kernels_for(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels_for_cuda(index: int) -> bool:
     return _is_covered(index)
+
+
+# What torch.compiler.assume_constant_result does; it would import all of the compiler, which takes
+# longer than the rest of this package.
+_has_kernels_for_cuda._dynamo_marked_constant = True
 
 
 @functools.cache
