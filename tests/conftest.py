@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +11,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "only(device, reason): skipped unless the tests run on that kind of device"
+    )
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device")
+    if device.type == "cuda":
+        import batchnorm_ext  # noqa: F401  (registers the kernels)
+
+        # Without them the layers would pass their tests on PyTorch's own function.
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("batchnorm_ext::batch_norm", "CUDA"):
+            raise pytest.UsageError(f"--device {device}: batchnorm_ext was built without CUDA")
+        # Convolutions around the layers: in full float32, and the same algorithm every time.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The emulator stands in for a GPU; where there is one, it would only take time."""
+    cuda = torch.device(config.getoption("--device")).type == "cuda"
+    return True if cuda and collection_path.name == "emulator" else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    kind = torch.device(item.config.getoption("--device")).type
+    for marker in item.iter_markers("only"):
+        if marker.args[0] != kind:
+            pytest.skip(f"{marker.kwargs['reason']}: runs with --device {marker.args[0]}")
 
 
 @pytest.fixture(scope="session")

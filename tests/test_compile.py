@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def _model(momentum):
+def _model(momentum, device):
     torch.manual_seed(1)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -25,7 +25,7 @@ def _model(momentum):
         nn.Linear(8 * 36, 5),
         batchnorm_ext.BatchNorm1d(5, momentum=momentum, affine=False),
     )
-    return model
+    return model.to(device)
 
 
 def _train(model, module, steps=3):
@@ -35,7 +35,8 @@ def _train(model, module, steps=3):
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = model(torch.randn(6, 3, 6, 6, generator=generator)).pow(3).mean()
+        x = torch.randn(6, 3, 6, 6, generator=generator).to(next(module.parameters()).device)
+        loss = model(x).pow(3).mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -44,8 +45,8 @@ def _train(model, module, steps=3):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_training(backend, momentum):
-    eager, module = _model(momentum), _model(momentum)
+def test_training(backend, momentum, device):
+    eager, module = _model(momentum, device), _model(momentum, device)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     losses, state = _train(compiled, module)
     expected_losses, expected_state = _train(eager, eager)
@@ -58,12 +59,12 @@ def test_training(backend, momentum):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_evaluation_in_both_memory_formats(dtype, backend):
-    module = batchnorm_ext.BatchNorm2d(7)
-    module(torch.randn(4, 7, 5, 5))
+def test_evaluation_in_both_memory_formats(dtype, backend, device):
+    module = batchnorm_ext.BatchNorm2d(7).to(device)
+    module(torch.randn(4, 7, 5, 5, device=device))
     module.eval()
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    x = torch.randn(2, 7, 5, 6).to(dtype)
+    x = torch.randn(2, 7, 5, 6, device=device).to(dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = x.to(memory_format=memory_format)
         y = compiled(x)
@@ -72,12 +73,12 @@ def test_evaluation_in_both_memory_formats(dtype, backend):
     assert module.num_batches_tracked.item() == 1
 
 
-def test_changing_sizes():
+def test_changing_sizes(device):
     """Dynamic shapes, also of a batch that is transposed in memory."""
-    eager, module = (batchnorm_ext.BatchNorm1d(5) for _ in range(2))
+    eager, module = (batchnorm_ext.BatchNorm1d(5).to(device) for _ in range(2))
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, length in [(3, 4), (7, 9), (2, 33)]:
-        x = torch.randn(batch, length, 5).transpose(1, 2)
+        x = torch.randn(batch, length, 5, device=device).transpose(1, 2)
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         y, expected = compiled(leaves[0]), eager(leaves[1])
         assert_bitwise("y", y, expected)
@@ -89,11 +90,11 @@ def test_changing_sizes():
         assert_bitwise(name, module.state_dict()[name], value)
 
 
-def test_autocast():
-    eager, module = _model(0.1), _model(0.1)
+def test_autocast(device):
+    eager, module = _model(0.1, device), _model(0.1, device)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(6, 3, 6, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    x = torch.randn(6, 3, 6, 6, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y, expected = compiled(x), eager(x)
     assert y.dtype == expected.dtype
     assert_bitwise("y", y, expected)
@@ -101,32 +102,32 @@ def test_autocast():
     assert_bitwise("running_var", module[1].running_var, eager[1].running_var)
 
 
-def test_transform_inside():
+def test_transform_inside(device):
     """The native function is used inside the graph; saying so in the log must not break it."""
-    module = batchnorm_ext.BatchNorm2d(3).eval()
+    module = batchnorm_ext.BatchNorm2d(3).eval().to(device)
 
     def gradient(x):
         return torch.func.grad(lambda x: module(x).pow(2).sum())(x)
 
-    x = torch.randn(2, 3, 4, 4)
+    x = torch.randn(2, 3, 4, 4, device=device)
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
     assert_bitwise("dx", compiled(x), gradient(x))
 
 
-def test_export_in_evaluation():
-    model = _model(0.1)
-    model(torch.randn(6, 3, 6, 6))
-    x = torch.randn(6, 3, 6, 6)
+def test_export_in_evaluation(device):
+    model = _model(0.1, device)
+    model(torch.randn(6, 3, 6, 6, device=device))
+    x = torch.randn(6, 3, 6, 6, device=device)
     program = torch.export.export(model.eval(), (x,))
     assert not program.graph_signature.buffers_to_mutate
     assert_bitwise("y", program.module()(x), model(x))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_export_in_training(momentum):
-    model = batchnorm_ext.BatchNorm2d(3, momentum=momentum)
+def test_export_in_training(momentum, device):
+    model = batchnorm_ext.BatchNorm2d(3, momentum=momentum).to(device)
     twin = copy.deepcopy(model)
-    x = torch.randn(4, 3, 5, 5)
+    x = torch.randn(4, 3, 5, 5, device=device)
     exported = torch.export.export(model, (x,))
     mutated = exported.run_decompositions({}).graph_signature.buffers_to_mutate
     assert set(mutated.values()) == {"running_mean", "running_var", "num_batches_tracked"}

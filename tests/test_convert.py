@@ -105,9 +105,9 @@ def test_nothing_to_do():
 
 
 @pytest.mark.parametrize("kind", [NormAndActivation, Plain])
-def test_subclass_is_left_alone_and_reported(kind):
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(kind(3)))
-    x = torch.randn(2, 3, 4, 4)
+def test_subclass_is_left_alone_and_reported(kind, device):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(kind(3))).to(device)
+    x = torch.randn(2, 3, 4, 4, device=device)
     expected = copy.deepcopy(model)(x)
     with pytest.warns(UserWarning, match=rf"1\.0 \({kind.__name__}\)"):
         convert(model)
@@ -126,9 +126,9 @@ def test_subclass_of_ours_is_not_reverted():
     assert type(model[0]) is Mine and type(model[1]) is nn.BatchNorm2d
 
 
-def test_same_results_and_hooks():
+def test_same_results_and_hooks(device):
     """Hooks of every sort fire before, during and after the conversion."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).to(device)
     native = copy.deepcopy(model)
     calls = []
     model[1].register_forward_pre_hook(lambda *_: calls.append("pre"))
@@ -136,7 +136,7 @@ def test_same_results_and_hooks():
     model[1].register_full_backward_hook(lambda *_: calls.append("backward"))
     model[1].register_forward_hook(lambda m, args, y: y + 1)
     model[1].weight.register_hook(lambda g: 3 * g)
-    x = torch.randn(4, 3, 8, 8)
+    x = torch.randn(4, 3, 8, 8, device=device)
     convert(model)
     model(x).sum().backward()
     assert calls == ["pre", "forward", "backward"]
@@ -152,13 +152,13 @@ def test_same_results_and_hooks():
     assert calls == ["pre", "forward", "backward"] * 2
 
 
-def test_optimizer_goes_on():
+def test_optimizer_goes_on(device):
     """Momentum buffers belong to the parameters, which stay: three native steps, three of ours."""
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(device)
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, twin)]
     for step in range(6):
-        x = torch.randn(16, 5)
+        x = torch.randn(16, 5, device=device)
         if step == 3:
             convert(model)
         for m, optimizer in zip((model, twin), optimizers, strict=True):
@@ -170,12 +170,12 @@ def test_optimizer_goes_on():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_parametrization_is_kept():
-    model = nn.Sequential(nn.BatchNorm2d(3))
+def test_parametrization_is_kept(device):
+    model = nn.Sequential(nn.BatchNorm2d(3)).to(device)
     parametrize.register_parametrization(model[0], "weight", Doubled())
     native = copy.deepcopy(model)
     original = model[0].parametrizations.weight.original
-    x = torch.randn(4, 3, 5, 5)
+    x = torch.randn(4, 3, 5, 5, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(model)
@@ -203,21 +203,21 @@ def test_parametrization_may_go_while_converted():
     assert type(revert(module)) is nn.BatchNorm2d
 
 
-def test_converted_module_may_be_parametrized():
-    module = convert(nn.BatchNorm2d(3))
+def test_converted_module_may_be_parametrized(device):
+    module = convert(nn.BatchNorm2d(3)).to(device)
     parametrize.register_parametrization(module, "weight", Doubled())
-    x = torch.randn(4, 3, 5, 5)
+    x = torch.randn(4, 3, 5, 5, device=device)
     # exact: weight 1 doubled is a power of two
-    assert_bitwise("y", module(x), 2 * convert(nn.BatchNorm2d(3))(x))
+    assert_bitwise("y", module(x), 2 * convert(nn.BatchNorm2d(3)).to(device)(x))
     revert(module)
     parametrize.remove_parametrizations(module, "weight")
     assert type(module) is nn.BatchNorm2d
 
 
-def test_lazy_modules_materialize_after_conversion():
-    model = convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()))
-    twin = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
-    x = torch.randn(4, 3, 8, 8)
+def test_lazy_modules_materialize_after_conversion(device):
+    model = convert(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())).to(device)
+    twin = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).to(device)
+    x = torch.randn(4, 3, 8, 8, device=device)
     model(x)
     assert type(model[1]) is batchnorm_ext.BatchNorm2d and model[1].num_features == 4
     twin.load_state_dict(model.state_dict())
@@ -233,9 +233,9 @@ def test_sync_batch_norm_takes_converted_layers():
     assert type(synced[0]) is nn.SyncBatchNorm and synced[0].weight is weight
 
 
-def test_fusing_with_a_convolution():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    x = torch.randn(4, 3, 8, 8)
+def test_fusing_with_a_convolution(device):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device)
+    x = torch.randn(4, 3, 8, 8, device=device)
     model(x)
     convert(model).eval()
     fused = torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])

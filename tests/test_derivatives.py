@@ -10,18 +10,18 @@ from support import batch_norm, batch_norm_backward
 INPUTS = [((4, 3), "contiguous"), ((2, 3, 2, 3), "contiguous"), ((2, 3, 2, 3), "channels_last")]
 
 
-def _leaves(size, layout="contiguous", weight=True, bias=True):
+def _leaves(device, size, layout="contiguous", weight=True, bias=True):
     def leaf(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
+        return torch.randn(*shape, dtype=torch.float64, device=device)
 
     x = LAYOUTS[layout](leaf(*size)).requires_grad_()
     parameters = [leaf(size[1]).requires_grad_() if given else None for given in (weight, bias)]
     return x, *parameters
 
 
-def _function(training):
+def _function(training, device):
     mean, var = torch.tensor([0.1, -0.5, 1.0]), torch.tensor([1.5, 0.5, 2.0])
-    tracked = (None, None) if training else (mean.double(), var.double())
+    tracked = (None, None) if training else (mean.double().to(device), var.double().to(device))
 
     def normalize(x, weight, bias):
         return batch_norm(x, weight, bias, *tracked, None, training, 0.1, 1e-5)[0]
@@ -35,30 +35,30 @@ def _function(training):
     "weight, bias", [(True, True), (True, False), (False, True), (False, False)]
 )
 @pytest.mark.parametrize("size, layout", INPUTS, ids=str)
-def test_derivatives(size, layout, weight, bias, training, check):
-    assert check(_function(training), _leaves(size, layout, weight, bias))
+def test_derivatives(size, layout, weight, bias, training, check, device):
+    assert check(_function(training, device), _leaves(device, size, layout, weight, bias))
 
 
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "x and bias", "weight and bias"])
-def test_derivatives_where_some_are_not_wanted(frozen, training, check):
-    leaves = _leaves((3, 3, 2, 2))
+def test_derivatives_where_some_are_not_wanted(frozen, training, check, device):
+    leaves = _leaves(device, (3, 3, 2, 2))
     for name, leaf in zip(["x", "weight", "bias"], leaves, strict=True):
         leaf.requires_grad_(name not in frozen.split())
     if check is gradgradcheck and frozen == "x and bias" and not training:
         # the gradient of the weight is then linear in dy, and depends on nothing else
-        assert check(_function(training), leaves, check_undefined_grad=False)
+        assert check(_function(training, device), leaves, check_undefined_grad=False)
     else:
-        assert check(_function(training), leaves)
+        assert check(_function(training, device), leaves)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_third_derivative(training):
-    leaves = _leaves((3, 3, 2))
+def test_third_derivative(training, device):
+    leaves = _leaves(device, (3, 3, 2))
 
     def gradient(x, weight, bias):
-        y = _function(training)(x, weight, bias)
+        y = _function(training, device)(x, weight, bias)
         return torch.autograd.grad(y.pow(3).sum(), (x, weight), create_graph=True)
 
     assert gradgradcheck(gradient, leaves)
@@ -66,11 +66,11 @@ def test_third_derivative(training):
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (True, True, True)])
 @pytest.mark.parametrize("training", [True, False])
-def test_derivative_of_the_backward_operator(training, mask):
+def test_derivative_of_the_backward_operator(training, mask, device):
     """The statistics are constants to the operator, but for what they owe to x in training."""
-    x, weight, _ = _leaves((4, 3, 2))
-    dy = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
-    frozen = torch.randn(2, 3, dtype=torch.float64).abs() + 0.5
+    x, weight, _ = _leaves(device, (4, 3, 2))
+    dy = torch.randn(4, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    frozen = torch.randn(2, 3, dtype=torch.float64, device=device).abs() + 0.5
 
     def gradients(dy, x, weight):
         stats = frozen
@@ -83,15 +83,15 @@ def test_derivative_of_the_backward_operator(training, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_second_derivative_in_low_precision(dtype):
+def test_second_derivative_in_low_precision(dtype, device):
     """The dtypes of the inputs come back, with the value of float64 but for the rounding."""
-    leaves = _leaves((4, 3, 5))
+    leaves = _leaves(device, (4, 3, 5))
     low = [leaf.detach().to(dtype if leaf is leaves[0] else torch.float32) for leaf in leaves]
     exact = [leaf.double().requires_grad_() for leaf in low]
     low = [leaf.requires_grad_() for leaf in low]
 
     def penalty_gradients(leaves):
-        y = _function(True)(*leaves)
+        y = _function(True, device)(*leaves)
         (dx,) = torch.autograd.grad(y.pow(4).sum(), leaves[0], create_graph=True)
         return torch.autograd.grad(dx.pow(2).sum(), leaves)
 

@@ -27,6 +27,7 @@ def _arguments(**changed):
 
 def _bad_calls():
     """Which argument is bad, what is wrong, the changes, what the message must hold."""
+    # The tensors are on the CPU, and moved to the device under test by the test.
     meta, double, half = torch.device("meta"), torch.float64, torch.float16
     for training in (True, False):
         both = {"training": training}
@@ -46,7 +47,12 @@ def _bad_calls():
                 )
             long = torch.ones(3).long()
             yield name, "int64", {name: long, **both}, ["float32", "[Ll]ong|int64"]
-            yield name, "on meta", {name: torch.ones(3, device=meta), **both}, ["cpu", "meta"]
+            yield (
+                name,
+                "on meta",
+                {name: torch.ones(3, device=meta), **both},
+                ["on the device of input", "meta"],
+            )
         yield "eps", "negative", {"eps": -1.0, **both}, ["positive|negative", "-1"]
     yield "eps", "zero in training", {"eps": 0.0}, ["positive", "0"]
     one = torch.randn(1, 3, 1, 1)
@@ -67,13 +73,19 @@ def _bad_calls():
 CALLS = list(_bad_calls())
 
 
+def _move(value, device):
+    return value.to(device) if torch.is_tensor(value) and not value.is_meta else value
+
+
 @pytest.mark.parametrize("name, what, changed, held", CALLS, ids=[f"{c[0]} {c[1]}" for c in CALLS])
-def test_function(name, what, changed, held):
-    arguments = _arguments(**changed)
+def test_function(name, what, changed, held, device):
+    """The exception is that of native PyTorch on the CPU, whatever the device."""
+    on_cpu = _arguments(**changed)
+    arguments = {k: _move(v, device) for k, v in on_cpu.items()}
     tensors = {k: v for k, v in arguments.items() if torch.is_tensor(v) and not v.is_meta}
     before = {k: v.clone() for k, v in tensors.items()}
     with pytest.raises(Exception) as native:
-        F.batch_norm(**{k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()})
+        F.batch_norm(**{k: v.clone() if torch.is_tensor(v) else v for k, v in on_cpu.items()})
     with pytest.raises(Exception) as raised:
         ours.batch_norm(**arguments)
     assert type(raised.value) is type(native.value), f"{raised.value!r} for {native.value!r}"
@@ -100,10 +112,10 @@ MODULES = [
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind, size", MODULES, ids=[f"{k.__name__} {s}" for k, s in MODULES])
-def test_module(kind, size, momentum):
-    native = kind(3, momentum=momentum)
+def test_module(kind, size, momentum, device):
+    native = kind(3, momentum=momentum).to(device)
     converted = batchnorm_ext.convert(copy.deepcopy(native))
-    x = torch.randn(size)
+    x = torch.randn(size, device=device)
     with pytest.raises(Exception) as expected:
         native(x)
     before = copy.deepcopy(converted.state_dict())
@@ -116,30 +128,31 @@ def test_module(kind, size, momentum):
         assert torch.equal(value, before[name]), f"{name} changed"
 
 
-def test_module_dtypes():
-    module = batchnorm_ext.BatchNorm2d(3).double()
+def test_module_dtypes(device):
+    module = batchnorm_ext.BatchNorm2d(3).double().to(device)
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError, match="weight|running_mean"):
-        module(torch.randn(2, 3, 4, 5))
+        module(torch.randn(2, 3, 4, 5, device=device))
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} changed"
 
 
-def test_cumulative_average_needs_a_counter():
+def test_cumulative_average_needs_a_counter(device):
     with pytest.raises(ValueError, match="num_batches_tracked"):
-        x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+        x = torch.randn(4, 3, device=device)
+        mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
         torch.ops.batchnorm_ext.batch_norm(x, None, None, mean, var, None, True, None, 1e-5)
 
 
 @pytest.mark.parametrize(
     "tracked", [torch.tensor(0.0), torch.tensor(0).int(), torch.zeros(3).long()], ids=str
 )
-def test_counter_must_be_one_int64(tracked):
-    mean, var, before = torch.zeros(3), torch.ones(3), tracked.clone()
+def test_counter_must_be_one_int64(tracked, device):
+    x, tracked = torch.randn(4, 3, device=device), tracked.to(device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    before = tracked.clone()
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
-        torch.ops.batchnorm_ext.batch_norm(
-            torch.randn(4, 3), None, None, mean, var, tracked, True, 0.1, 1e-5
-        )
+        torch.ops.batchnorm_ext.batch_norm(x, None, None, mean, var, tracked, True, 0.1, 1e-5)
     assert torch.equal(tracked, before) and mean.eq(0).all() and var.eq(1).all()
 
 
@@ -156,7 +169,7 @@ def test_counter_must_be_one_int64(tracked):
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.dtype}{list(v.shape)}{v.device}",
 )
-def test_backward_operator(name, value):
+def test_backward_operator(name, value, device):
     arguments = {
         "dy": torch.randn(4, 3),
         "x": torch.randn(4, 3),
@@ -165,5 +178,7 @@ def test_backward_operator(name, value):
     }
     with pytest.raises(RuntimeError, match=f"expected {name}"):
         torch.ops.batchnorm_ext.batch_norm_backward(
-            **(arguments | {name: value}), training=True, output_mask=[True] * 3
+            **{k: _move(v, device) for k, v in (arguments | {name: value}).items()},
+            training=True,
+            output_mask=[True] * 3,
         )

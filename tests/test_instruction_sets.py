@@ -10,6 +10,7 @@ import torch
 
 import batchnorm_ext
 
+pytestmark = pytest.mark.only("cpu", reason="instruction sets are those of the CPU kernels")
 X86 = ["default", "avx2", "avx512"]
 IN_USE = torch.backends.cpu.get_cpu_capability().lower()
 # enough to reach every loop: (N, C), short and long rows, both layouts, every dtype

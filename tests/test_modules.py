@@ -35,12 +35,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def _pair(kind, **options):
-    native = getattr(nn, kind)(3, **options)
+def _pair(device, kind, **options):
+    native = getattr(nn, kind)(3, device=device, **options)
     with torch.no_grad():
         for parameter in native.parameters():
             parameter.normal_()
-    ours = getattr(batchnorm_ext, kind)(3, **options)
+    ours = getattr(batchnorm_ext, kind)(3, device=device, **options)
     ours.load_state_dict(native.state_dict())
     return native, ours
 
@@ -53,15 +53,17 @@ def _assert_same_state(actual, expected):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_kind
-def test_trains_as_native(kind, options):
+def test_trains_as_native(kind, options, device):
     """Three steps of SGD and an evaluation, in both memory formats."""
-    modules = _pair(kind, **options)
+    modules = _pair(device, kind, **options)
     native, ours = modules
     optimizers = [
-        torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1) for m in modules
+        torch.optim.SGD([*m.parameters(), nn.Parameter(torch.zeros(1, device=device))], lr=0.1)
+        for m in modules
     ]
     for step in range(3):
-        x = LAYOUTS["channels_last" if step % 2 else "contiguous"](torch.randn(KINDS[kind]))
+        layout = "channels_last" if step % 2 else "contiguous"
+        x = LAYOUTS[layout](torch.randn(KINDS[kind], device=device))
         weights = torch.randn_like(x)
         inputs = [x.clone().requires_grad_() for _ in modules]
         outputs = []
@@ -73,7 +75,7 @@ def test_trains_as_native(kind, options):
         torch.testing.assert_close(outputs[1], outputs[0], **CLOSE)
         torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **CLOSE)
         _assert_same_state(ours.state_dict(), native.state_dict())
-    x = torch.randn(KINDS[kind])
+    x = torch.randn(KINDS[kind], device=device)
     torch.testing.assert_close(ours.eval()(x), native.eval()(x), **CLOSE)
     _assert_same_state(ours.state_dict(), native.state_dict())
 
@@ -87,21 +89,21 @@ def test_class(kind):
         assert repr(ours(7, **options)) == repr(native(7, **options))
 
 
-def test_one_dimension_takes_two_sizes():
-    native, ours = _pair("BatchNorm1d")
+def test_one_dimension_takes_two_sizes(device):
+    native, ours = _pair(device, "BatchNorm1d")
     for size in [(9, 3), (9, 3, 4)]:
-        x = torch.randn(size)
+        x = torch.randn(size, device=device)
         torch.testing.assert_close(ours(x), native(x), **CLOSE)
 
 
 @every_kind
-def test_state_dict_both_ways(kind):
-    native, ours = _pair(kind)
-    native(torch.randn(KINDS[kind]))
+def test_state_dict_both_ways(kind, device):
+    native, ours = _pair(device, kind)
+    native(torch.randn(KINDS[kind], device=device))
     ours.load_state_dict(native.state_dict(), strict=True)
     for name, value in native.state_dict().items():
         assert_bitwise(name, ours.state_dict()[name], value)
-    ours(torch.randn(KINDS[kind]))
+    ours(torch.randn(KINDS[kind], device=device))
     native.load_state_dict(ours.state_dict(), strict=True)
     for name, value in ours.state_dict().items():
         assert_bitwise(name, native.state_dict()[name], value)
@@ -131,9 +133,9 @@ def _through_torch_save(module):
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @every_kind
-def test_copies(kind, duplicate):
-    _, module = _pair(kind)
-    x = torch.randn(KINDS[kind])
+def test_copies(kind, duplicate, device):
+    _, module = _pair(device, kind)
+    x = torch.randn(KINDS[kind], device=device)
     module(x)
     other = duplicate(module)
     assert type(other) is type(module) and other.weight is not module.weight
@@ -153,9 +155,9 @@ def test_state_dict_loads_with_weights_only():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
-def test_without_gradients(training, mode):
-    native, ours = _pair("BatchNorm2d")
-    x = torch.randn(KINDS["BatchNorm2d"])
+def test_without_gradients(training, mode, device):
+    native, ours = _pair(device, "BatchNorm2d")
+    x = torch.randn(KINDS["BatchNorm2d"], device=device)
     outputs = []
     for module in (native, ours):
         with mode():
@@ -166,19 +168,19 @@ def test_without_gradients(training, mode):
     assert ours.num_batches_tracked.item() == int(training)
 
 
-def test_empty_batch_is_not_counted():
+def test_empty_batch_is_not_counted(device):
     """Unlike native PyTorch, which counts it, so that its cumulative average is then wrong."""
-    module = batchnorm_ext.BatchNorm2d(3, momentum=None)
-    x = torch.randn(0, 3, 4, 4, requires_grad=True)
+    module = batchnorm_ext.BatchNorm2d(3, momentum=None, device=device)
+    x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
     module(x).sum().backward()
     assert module.num_batches_tracked.item() == 0
     assert module.running_mean.eq(0).all() and module.running_var.eq(1).all()
     assert x.grad.shape == x.shape and module.weight.grad.tolist() == [0, 0, 0]
 
 
-def test_cumulative_average_over_batches():
-    module = batchnorm_ext.BatchNorm1d(2, momentum=None).double()
-    batches = torch.randn(5, 8, 2, dtype=torch.float64)
+def test_cumulative_average_over_batches(device):
+    module = batchnorm_ext.BatchNorm1d(2, momentum=None, device=device).double()
+    batches = torch.randn(5, 8, 2, dtype=torch.float64, device=device)
     for x in batches:
         module(x)
     torch.testing.assert_close(module.running_mean, batches.mean((0, 1)))
@@ -186,28 +188,30 @@ def test_cumulative_average_over_batches():
 
 
 @pytest.mark.parametrize("kind", ["LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"])
-def test_lazy(kind):
+def test_lazy(kind, device):
     eager = kind.removeprefix("Lazy")
-    ours, native = getattr(batchnorm_ext, kind)(eps=1e-3), getattr(nn, kind)(eps=1e-3)
+    options = {"eps": 1e-3, "device": device}
+    ours, native = getattr(batchnorm_ext, kind)(**options), getattr(nn, kind)(**options)
     assert isinstance(ours, getattr(nn, kind)) and repr(ours) == repr(native)
-    x = torch.randn(KINDS[eager])
+    x = torch.randn(KINDS[eager], device=device)
     torch.testing.assert_close(ours(x), native(x), **CLOSE)
     assert type(ours) is getattr(batchnorm_ext, eager) and ours.num_features == 3
     _assert_same_state(ours.state_dict(), native.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, device):
     """Activations in low precision, everything that is stored in float32."""
     torch.manual_seed(3)
     convolution = nn.Conv2d(3, 8, 3, bias=False)  # the gradient of a bias would be zero and noise
     native = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    native = native.to(device)
     ours = batchnorm_ext.convert(copy.deepcopy(native))
-    x = torch.randn(4, 3, 12, 12)
+    x = torch.randn(4, 3, 12, 12, device=device)
     outputs, between = [], []
     for model in (native, ours):
         model[1].register_forward_hook(lambda _, args, y: between.append((args[0].dtype, y)))
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device.type, dtype=dtype):
             y = model(x)
         y.float().pow(2).mean().backward()
         outputs.append(y)
@@ -228,18 +232,19 @@ def test_autocast(dtype):
         torch.testing.assert_close(value, getattr(native[1], name), rtol=1e-5, atol=1e-6)
 
 
-def test_autocast_leaves_a_float32_input_alone():
-    module = batchnorm_ext.BatchNorm2d(3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = module(torch.randn(2, 3, 4, 4))
-    assert y.dtype == nn.BatchNorm2d(3)(torch.randn(2, 3, 4, 4)).dtype
+def test_autocast_leaves_a_float32_input_alone(device):
+    module, native = (c(3, device=device) for c in (batchnorm_ext.BatchNorm2d, nn.BatchNorm2d))
+    x = torch.randn(2, 3, 4, 4, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = module(x)
+    assert y.dtype == native(x).dtype
     assert module.running_var.dtype == torch.float32
 
 
-def test_module_in_half_precision():
+def test_module_in_half_precision(device):
     """``model.bfloat16()``: parameters and statistics are of the dtype of the activations."""
-    native, ours = (m.bfloat16() for m in _pair("BatchNorm2d"))
-    x = torch.randn(8, 3, 16, 16).bfloat16()
+    native, ours = (m.bfloat16() for m in _pair(device, "BatchNorm2d"))
+    x = torch.randn(8, 3, 16, 16, device=device).bfloat16()
     expected = native(x)
     # native rounds scale and shift to bfloat16, too: a few roundings of the largest values
     atol = 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
@@ -249,9 +254,9 @@ def test_module_in_half_precision():
         torch.testing.assert_close(getattr(ours, name), getattr(native, name))
 
 
-def test_functional_call():
-    native, ours = _pair("BatchNorm2d")
-    x = torch.randn(KINDS["BatchNorm2d"])
+def test_functional_call(device):
+    native, ours = _pair(device, "BatchNorm2d")
+    x = torch.randn(KINDS["BatchNorm2d"], device=device)
     state = {n: v.clone() for n, v in ours.state_dict().items()}
     y = torch.func.functional_call(ours, state, x)
     torch.testing.assert_close(y, native(x), **CLOSE)
@@ -259,23 +264,24 @@ def test_functional_call():
     torch.testing.assert_close(state["running_mean"], native.running_mean, **CLOSE)
 
 
-def test_checkpointing():
+def test_checkpointing(device):
     """Recomputation in the backward gives the gradients of the plain backward."""
-    module, x = batchnorm_ext.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
+    module = batchnorm_ext.BatchNorm2d(3, device=device)
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
     (expected,) = torch.autograd.grad(module(x).pow(3).sum(), x)
     y = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
     assert_bitwise("dx", torch.autograd.grad(y.pow(3).sum(), x)[0], expected)
 
 
-def test_fx_tracing():
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
-    model(torch.randn(2, 3, 4, 4))
+def test_fx_tracing(device):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval().to(device)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    model(x)
     batchnorm_ext.convert(model)
-    x = torch.randn(2, 3, 4, 4)
     assert_bitwise("y", torch.fx.symbolic_trace(model)(x), model(x))
 
 
-def test_jit_tracing():
-    module = batchnorm_ext.BatchNorm2d(3).eval()
-    x = torch.randn(2, 3, 4, 4)
+def test_jit_tracing(device):
+    module = batchnorm_ext.BatchNorm2d(3, device=device).eval()
+    x = torch.randn(2, 3, 4, 4, device=device)
     assert_bitwise("y", torch.jit.trace(module, x)(2 * x), module(2 * x))

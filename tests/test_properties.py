@@ -29,8 +29,8 @@ def cases(draw):
 
 @settings(deadline=None, max_examples=150, print_blob=True)
 @given(case=cases(), seed=st.integers(0, 2**16), training=st.booleans())
-def test_any_case(case, seed, training):
+def test_any_case(case, seed, training, device):
     assume(case.trainable if training else case.track)
-    problem = make_problem(case, seed=seed)
+    problem = make_problem(case, device, seed)
     _, stats = check_forward(problem.clone(), training)
     check_backward(problem, training, stats)

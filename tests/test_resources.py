@@ -50,6 +50,7 @@ print(json.dumps(run(tensor(size), tensor(size))))
 """
 
 
+@pytest.mark.only("cpu", reason="the memory is that of the process")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])

@@ -6,6 +6,7 @@ import torch
 from cases import Case
 from support import assert_bitwise, batch_norm_backward, make_problem
 
+pytestmark = pytest.mark.only("cpu", reason="threads are those of the CPU kernels")
 NAMES = ["y", "stats", "running_mean", "running_var", "dx", "dweight", "dbias"]
 CASES = [
     *(
