@@ -19,7 +19,7 @@ stamp = $(shell printf %s '$1' | tr -c '[:alnum:].' _)
 INSTALLED := $(VENV)/.torch-$(call stamp,$(TORCH))
 BUILT := build/.built-$(call stamp,$(VENV))
 CODE := $(shell find csrc -type f)
-TEST_CODE := $(wildcard tests/emulator/*.h tests/emulator/*.cpp)
+TEST_CODE := $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp benchmarks/*.cu)
 RUNS = build/bench
 
 # All of them change the same environment.

@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from networks import NETWORKS
 
-GROUPS = (*NETWORKS, "odd")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GROUPS = (*NETWORKS, "odd", "large")
+USUAL_GROUPS = GROUPS[:-1]  # what a CPU gets through in reasonable time
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USUAL_DTYPES = ("fp32", "bf16")
 LAYOUTS = ("nchw", "nhwc")
 
 # Overhead-bound, 2-D, 3-D and 5-D inputs, odd extents, few and many channels, HW of 1.
@@ -29,11 +31,12 @@ ODD = [
     (2, 16, 16, 32, 32),
     (64, 2048, 1, 1),
 ]
+LARGE = [(16, 64, 256, 256)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input shape, and how many layers of each network have it."""
+    """An input shape, and how many layers of each network (or of `large`) have it."""
 
     shape: tuple[int, ...]
     layers: dict[str, int] = field(default_factory=dict, hash=False)
@@ -66,12 +69,13 @@ def layer_shapes(network: nn.Module, batch: int = 32, size: int = 224) -> Counte
 
 
 @cache
-def all_cases() -> list[Case]:
-    """Every case once: layers in the order of the networks, then the odd shapes."""
+def all_cases(batch: int = 32) -> list[Case]:
+    """Every case once: layers in the order of the networks, then odd and large shapes."""
     layers: dict[tuple[int, ...], dict[str, int]] = {}
     for name, build in NETWORKS.items():
         with torch.device("meta"):
             network = build()
-        for shape, count in layer_shapes(network).items():
+        for shape, count in layer_shapes(network, batch).items():
             layers.setdefault(shape, {})[name] = count
-    return [Case(shape, counts) for shape, counts in layers.items()] + [Case(s) for s in ODD]
+    cases = [Case(shape, counts) for shape, counts in layers.items()]
+    return cases + [Case(s) for s in ODD] + [Case(s, {"large": 1}) for s in LARGE]

@@ -36,8 +36,31 @@ def git_commit() -> str:
         return "unknown"
 
 
-def environment() -> dict[str, str | int]:
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.split("\n")[0].strip()
+
+
+def gpu() -> dict[str, str | int]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
+        "gpu": properties.name,
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2 bytes": properties.L2_cache_size,
+        "memory bytes": properties.total_memory,
+    }
+
+
+def environment(device: str = "cpu") -> dict[str, str | int]:
+    return (gpu() if device == "cuda" else {}) | {
         "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

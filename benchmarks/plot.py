@@ -18,7 +18,7 @@ TITLES = {
     "module": "module call, forward + backward",
 }
 # Okabe-Ito colours: one hue per dtype, and the layout by filled or hollow.
-COLOURS = {"fp32": "#0072B2", "bf16": "#D55E00"}
+COLOURS = {"fp32": "#0072B2", "bf16": "#D55E00", "fp16": "#009E73"}
 
 
 def by_network(rows: list[Row]) -> list[tuple[str, tuple[int, ...]]]:
@@ -51,6 +51,8 @@ def plot(rows: list[Row], machine: dict, path: Path) -> None:
             dtype, layout = kind.split()
             colour, hollow = COLOURS[dtype], layout == "nhwc"
             dots = [row for row in rows if (row.what, row.kind) == (what, kind)]
+            if not dots:
+                continue
             ax.scatter(
                 [row.times("native") for row in dots],
                 [position[row.shape] for row in dots],
@@ -62,7 +64,7 @@ def plot(rows: list[Row], machine: dict, path: Path) -> None:
                 zorder=3,
             )
             must = MUST_LAYERS.get(what, {}).get(kind)
-            if must and dots and resnet:
+            if must and resnet:
                 style = ":" if hollow else "--"
                 ax.vlines(must, *resnet, color=colour, linewidth=1, linestyle=style)
         ax.axvline(1, color="black", linewidth=1)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -26,6 +26,22 @@ MUST_COMPILE = 4.0  # compiled native / ours, module call
 MUST_COPY = {"forward": 1.35, "backward": 2.1}  # ours / copy, at most, output mapped
 MUST_STEP = {"nchw": 1.2, "nhwc": 1.08}  # native / converted, ResNet-50 training step in fp32
 
+# On an H200: share of the floor, at least, by layout and megabytes. Channels-last layers of 56x56
+# and 112x112 at batch 256 exceed what a GPU keeps on chip, and have a must of their own.
+MUST_FLOOR = [
+    ("nchw", 100, inf, {"forward": 0.80, "backward": 0.80}),
+    ("nchw", 25, 100, {"forward": 0.65, "backward": 0.65}),
+    ("nhwc", 50, inf, {"forward": 0.70, "backward": 0.70}),
+]
+MUST_FLOOR_WIDE = {"forward": 0.60, "backward": 0.52}
+MUST_SMALL_SECONDS = 8e-6  # forward, NCHW up to 6.4 MB
+MUST_NATIVE = [  # native / ours, geometric mean over the ResNet-50 shapes
+    ("bf16 nchw", {"forward": 5.0, "backward": 5.0}),
+    ("fp32 nchw", {"forward": 2.5, "backward": 2.5}),
+    ("fp16 nchw", {"forward": 2.5, "backward": 2.5}),
+    ("fp16 nhwc", {"forward": 1.15, "backward": 1.4}),
+]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,9 +60,17 @@ class Row:
         return f"{self.dtype} {self.layout}"
 
     @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
     def gigabytes_per_second(self) -> float:
-        size = prod(self.shape) * DTYPES[self.dtype].itemsize
-        return TRAFFIC[self.what] * size / self.seconds["ours"] / 1e9
+        return TRAFFIC[self.what] * self.bytes / self.seconds["ours"] / 1e9
+
+    @property
+    def share_of_floor(self) -> float:
+        """The least time at the rate of the copy, which reads once and writes once, over ours."""
+        return TRAFFIC[self.what] / 2 * self.seconds["copy"] / self.seconds["ours"]
 
     def times(self, peer: str) -> float | None:
         """How many times faster than the peer; against the copy, how many times its time."""
@@ -176,6 +200,49 @@ def layer_verdicts(rows: list[Row]) -> list[Verdict]:
     return [*verdicts, mean_verdict(resnet, name, "compile", MUST_COMPILE)]
 
 
+def is_wide(row: Row) -> bool:
+    """A channels-last layer that the goals treat apart."""
+    return row.layout == "nhwc" and row.shape[0] >= 256 and row.shape[2:] in [(56, 56), (112, 112)]
+
+
+def floor_verdict(rows: list[Row], what: str, must: float) -> Verdict:
+    """On the smallest share of the floor."""
+    row = min(rows, key=lambda row: row.share_of_floor, default=None)
+    name = f"{what}, least of {len(rows)} cases, share of the floor"
+    return Verdict(name, must, row and row.share_of_floor, where=str(row or ""))
+
+
+def gpu_verdicts(rows: list[Row]) -> list[Verdict]:
+    """The musts on a GPU, which are for an H200."""
+    verdicts = []
+    for layout, least, most, musts in MUST_FLOOR:
+        size = f"{least} to {most} MB" if most < inf else f">= {least} MB"
+        for what, must in musts.items():
+            group = [
+                row
+                for row in select(rows, what=what)
+                if row.layout == layout and least <= row.bytes / 1e6 < most and not is_wide(row)
+            ]
+            verdicts.append(floor_verdict(group, f"{what} {layout} {size}", must))
+    for what, must in MUST_FLOOR_WIDE.items():
+        group = [row for row in select(rows, what=what) if is_wide(row)]
+        verdicts.append(floor_verdict(group, f"{what} nhwc 56x56, 112x112 at batch 256", must))
+    small = [r for r in select(rows, what="forward") if r.layout == "nchw" and r.bytes <= 6.4e6]
+    slowest = max(small, key=lambda row: row.seconds["ours"], default=None)
+    microseconds = slowest and 1e6 * slowest.seconds["ours"]
+    name = f"forward nchw <= 6.4 MB, slowest of {len(small)} cases, microseconds"
+    where = str(slowest or "")
+    verdicts.append(
+        Verdict(name, 1e6 * MUST_SMALL_SECONDS, microseconds, at_most=True, where=where)
+    )
+    for kind, musts in MUST_NATIVE:
+        for what, must in musts.items():
+            group = select(rows, kind, what, "resnet50")
+            name = f"{what} {kind}, ResNet-50, x native"
+            verdicts.append(mean_verdict(group, name, "native", must))
+    return verdicts + [least_verdict(select(rows, what=what), what, 1.0) for what in PASSES[:3]]
+
+
 def copy_verdicts(rows: list[Row]) -> list[Verdict]:
     """The musts against the copy, on rows of large inputs measured with the output mapped."""
     verdicts = []
@@ -201,7 +268,7 @@ def step_verdicts(steps: list[dict]) -> list[Verdict]:
 
 
 def save(path: Path, kind: str, environment: dict, settings: dict, rows: list) -> None:
-    """One file per run: what ran ("layers", "mapped" or "steps"), where, how, and the rows."""
+    """One file per run: what ran ("layers", "mapped", "gpu layers", "steps"), where, how, rows."""
     rows = [asdict(row) if isinstance(row, Row) else row for row in rows]
     content = {"kind": kind, "environment": environment, "settings": settings, "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -14,6 +14,7 @@ STAT = Path("/proc/stat")
 DISTURBED = 0.1  # above it, a measurement is taken again
 
 Call = Callable[[], object]
+Sample = Callable[[Call, int], float]  # mean seconds of a call, from so many
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def sample(call: Call, repetitions: int) -> float:
     return (perf_counter() - start) / repetitions
 
 
-def repetitions_for(call: Call, seconds: float) -> int:
+def repetitions_for(call: Call, seconds: float, sample: Sample) -> int:
     """How many calls fill `seconds`; found by doubling, so that one slow call does not mislead."""
     repetitions = 1
     while (elapsed := sample(call, repetitions) * repetitions) < seconds / 2:
@@ -72,6 +73,7 @@ def interleaved(
     sample_seconds: float = 0.0,
     warmup: int = 2,
     after_sample: Call = lambda: None,
+    sample: Sample = sample,
 ) -> Timing:
     """Times the contestants in turn.
 
@@ -84,7 +86,7 @@ def interleaved(
             call()
             after_sample()
     repetitions = {
-        name: repetitions_for(call, sample_seconds) if sample_seconds else 1
+        name: repetitions_for(call, sample_seconds, sample) if sample_seconds else 1
         for name, call in calls.items()
     }
     names = list(calls)
