@@ -2,9 +2,11 @@
 
     python benchmarks/model.py --json steps.json
     python benchmarks/model.py --networks resnet50 --layout nchw --dtype bf16 --batch 8
+    python benchmarks/model.py --networks resnet50 --device cuda --compile --dtype bf16 --batch 256
 
 A step is forward, cross entropy, backward and SGD with momentum, on random images. Both copies
-start from the same weights. bf16 runs under autocast.
+start from the same weights. bf16 and fp16 run under autocast. With `--compile` both run under
+torch.compile. The share of BatchNorm in a step is measured on a CPU, in eager mode.
 """
 
 import argparse
@@ -45,7 +47,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines woul
 
 def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Callable[[], float]:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+    low = dtype is not torch.float32
+    autocast = torch.autocast(images.device.type, dtype=dtype if low else None, enabled=low)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -79,23 +82,29 @@ def norm_share(step: Callable[[], object]) -> float:
 def measure(name: str, dtype: str, layout: str, args, bar: tqdm) -> dict:
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    native = NETWORKS[name]().to(memory_format=memory_format)
+    native = NETWORKS[name]().to(args.device, memory_format=memory_format)
     ours = batchnorm_ext.convert(copy.deepcopy(native))
-    images = torch.randn(args.batch, 3, args.size, args.size).to(memory_format=memory_format)
-    labels = torch.randint(1000, (args.batch,))
+    size = (args.batch, 3, args.size, args.size)
+    images = torch.randn(size, device=args.device).to(memory_format=memory_format)
+    labels = torch.randint(1000, (args.batch,), device=args.device)
+    torch._dynamo.reset()
     steps = {
-        provider: training_step(network, images, labels, DTYPES[dtype])
+        provider: training_step(
+            torch.compile(network) if args.compile else network, images, labels, DTYPES[dtype]
+        )
         for provider, network in [("native", native), ("ours", ours)]
     }
     bar.set_description(f"{name} {dtype} {layout}")
     timing = interleaved(steps, args.rounds, warmup=WARMUP, after_sample=bar.update)
+    skipped = args.compile or args.device == "cuda"
     return {
         "network": name,
         "dtype": dtype,
         "layout": layout,
         "batch": args.batch,
+        "compiled": args.compile,
         **asdict(timing),
-        "norm share": {provider: norm_share(step) for provider, step in steps.items()},
+        "norm share": {} if skipped else {p: norm_share(step) for p, step in steps.items()},
     }
 
 
@@ -106,6 +115,8 @@ def parse_arguments() -> argparse.Namespace:
     add_choice(parser, "--networks", tuple(NETWORKS))
     add_choice(parser, "--dtype", tuple(DTYPES), default=["fp32"])
     add_choice(parser, "--layout", LAYOUTS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="both under torch.compile")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=5)
@@ -118,20 +129,22 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    machine = environment()
+    machine = environment(args.device)
     console.print("\n".join(f"{key}: {value}" for key, value in machine.items()), highlight=False)
 
     runs = [(n, d, layout) for n in args.networks for d in args.dtype for layout in args.layout]
     with tqdm(total=len(runs) * 2 * (WARMUP + args.rounds), unit="step", file=sys.stderr) as bar:
         steps = [measure(*run, args, bar) for run in runs]
     step_table(steps).print(console)
-    # The musts are for batch 16 at 224x224; other sizes are for a look.
-    if (args.batch, args.size) == (16, 224):
+    on_gpu = args.device == "cuda"
+    # The musts are for batch 16 at 224x224 on a CPU; the rest is for a look.
+    if (args.batch, args.size, on_gpu, args.compile) == (16, 224, False, False):
         verdict_table(step_verdicts(steps)).print(console)
-    console.print(str(Alone.of(steps)), highlight=False)
+    if not on_gpu:
+        console.print(str(Alone.of(steps)), highlight=False)
     if args.json:
         settings = {"rounds": args.rounds, "batch": args.batch, "size": args.size}
-        save(args.json, "steps", machine, settings, steps)
+        save(args.json, "gpu steps" if on_gpu else "steps", machine, settings, steps)
 
 
 if __name__ == "__main__":

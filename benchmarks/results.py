@@ -276,6 +276,6 @@ def save(path: Path, kind: str, environment: dict, settings: dict, rows: list) -
 
 def load(path: Path) -> dict:
     content = json.loads(path.read_text())
-    if content["kind"] != "steps":
+    if content["kind"] not in ("steps", "gpu steps"):
         content["rows"] = [Row(**{**row, "shape": tuple(row["shape"])}) for row in content["rows"]]
     return content

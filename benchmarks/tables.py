@@ -158,7 +158,8 @@ def mapped_table(rows: list[Row]) -> Table:
 def step_table(steps: list[dict]) -> Table:
     lines = [
         [
-            f"{step['network']}, {step['dtype']} {step['layout']}, batch {step['batch']}",
+            f"{step['network']}, {step['dtype']} {step['layout']}, batch {step['batch']}"
+            + (", compiled" if step.get("compiled") else ""),
             duration(step["seconds"]["native"]),
             duration(step["seconds"]["ours"]),
             ratio(step["seconds"]["native"] / step["seconds"]["ours"]),
