@@ -169,7 +169,7 @@ def check_gradients(
     x, dy = problem.x, problem.dy
     stats = problem.oracle(training).stats
     expected = reference.batch_norm_backward(dy, x, problem.weight, stats, training)
-    bounds = _gradient_magnitudes(problem, training, stats, expected)
+    bounds = gradient_magnitudes(problem, training, stats, expected)
     for name, actual, wanted in zip(expected._fields, (dx, dweight, dbias), expected, strict=True):
         if actual is None:
             continue
@@ -179,7 +179,7 @@ def check_gradients(
         assert_within(name, actual, wanted, bound)
 
 
-def _gradient_magnitudes(
+def gradient_magnitudes(
     problem: Problem, training: bool, stats: Tensor, gradients: reference.Backward
 ) -> dict[str, Tensor]:
     """The sums of the magnitudes of the terms that each gradient adds up."""
