@@ -139,23 +139,29 @@ def time_on_gpu(calls: dict[str, list[Call]], rounds: int) -> Timing:
     return Timing({p: seconds / len(calls[p]) for p, seconds in timing.seconds.items()}, 0.0)
 
 
-def measure(case: Case, dtype: str, layout: str, passes: list[str], args) -> list[Row]:
-    generator = torch.Generator(args.device).manual_seed(0)
+def make_sets(case: Case, dtype: str, layout: str, device: str) -> list[tuple]:
+    """Input and gradient, on a GPU as often as it takes for them not to be in its L2 cache."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn() -> torch.Tensor:
-        values = torch.randn(case.shape, generator=generator, device=args.device)
+        values = torch.randn(case.shape, generator=generator, device=device)
         return to_layout(values.to(DTYPES[dtype]), layout)
 
     x, dy = randn().requires_grad_(), randn()
-    on_gpu = args.device == "cuda"
     sets = [(x, dy)]
-    if on_gpu:  # the same values in all sets: random numbers take longer than the measurement
+    if device == "cuda":  # all of the same values: random numbers take longer than the measurement
         more = graphs.working_sets(2 * x.nbytes) - 1
         sets += [(x.detach().clone().requires_grad_(), dy.clone()) for _ in range(more)]
+    return sets
+
+
+def measure(case: Case, dtype: str, layout: str, passes: list[str], args) -> list[Row]:
+    sets = make_sets(case, dtype, layout, args.device)
+    x = sets[0][0]
     rows = []
     for what in passes:
         calls = contestants(what, sets, args.compile)
-        timing = (time_on_gpu if on_gpu else time_on_cpu)(calls, args.rounds)
+        timing = (time_on_gpu if x.is_cuda else time_on_cpu)(calls, args.rounds)
         if args.mapped:
             check_mapped(calls["ours"][0], x.nbytes)
         rows.append(Row(case.shape, case.layers, dtype, layout, what, **asdict(timing)))

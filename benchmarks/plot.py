@@ -1,4 +1,4 @@
-"""Speed-up over native by shape: a panel per pass, a dot per dtype and layout."""
+"""Pictures of results: speed-ups over native by shape, and a roofline for a GPU."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
 
-from cases import GROUPS
-from results import MUST_LAYERS, PASSES, Row, kinds, shape_name
+from cases import GROUPS, LAYOUTS
+from results import MUST_LAYERS, PASSES, TRAFFIC, Row, kinds, shape_name
 
 TITLES = {
     "forward": "training forward",
@@ -31,6 +31,62 @@ def span(lines: list[tuple[str, tuple[int, ...]]], group: str) -> tuple[float, f
     """Where the lines of a group begin and end on the y axis."""
     members = [i for i, (name, _) in enumerate(lines) if name == group]
     return (members[0] - 0.5, members[-1] + 0.5) if members else None
+
+
+def roofline(rows: list[Row], machine: dict, path: Path) -> None:
+    """The least traffic over the time, against the traffic: a panel per pass and layout.
+
+    The roof is the highest rate of a copy in the run; what takes more passes than it must, or waits,
+    stays below it.
+    """
+    passes = [what for what in PASSES if any(row.what == what for row in rows)]
+    roof = max(2 * row.bytes / row.seconds["copy"] for row in rows) / 1e9
+    markers = {"ours": "o", "native": "x", "aten": "+", "compile": "^"}
+    fig, axes = plt.subplots(
+        len(LAYOUTS),
+        len(passes),
+        figsize=(1 + 4.2 * len(passes), 7.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for line, layout in zip(axes, LAYOUTS, strict=True):
+        for ax, what in zip(line, passes, strict=True):
+            for dtype, colour in COLOURS.items():
+                dots = [r for r in rows if (r.what, r.layout, r.dtype) == (what, layout, dtype)]
+                for provider, marker in markers.items():
+                    measured = [row for row in dots if provider in row.seconds]
+                    if not measured:
+                        continue
+                    traffic = [TRAFFIC[what] * row.bytes for row in measured]
+                    rates = [
+                        t / row.seconds[provider] / 1e9
+                        for t, row in zip(traffic, measured, strict=True)
+                    ]
+                    megabytes = [t / 1e6 for t in traffic]
+                    label = f"{provider}, {dtype}"
+                    ax.scatter(megabytes, rates, s=22, c=colour, marker=marker, label=label)
+            ax.axhline(roof, color="black", linewidth=1)
+            ax.set(title=f"{TITLES[what]}, {layout.upper()}", xscale="log", yscale="log")
+            ax.grid(linewidth=0.4, color="0.88")
+            ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("MB that have to be moved")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("GB/s")
+    handles = {}
+    for ax in axes.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    fig.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False)
+    fig.suptitle(
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}: traffic over time; "
+        "the line is the fastest copy",
+        fontsize=11,
+    )
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
 
 
 def plot(rows: list[Row], machine: dict, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Writes measured tables into the README, between markers that name them.
 
     python benchmarks/report.py layers.json mapped.json steps.json
+    python benchmarks/report.py --gpu  # of the newest benchmarks/results/<gpu>-<date>
 
 Each `<!-- bench:NAME:begin -->` ... `<!-- bench:NAME:end -->` in the README whose table the given
 files hold is replaced; a missing marker leaves that table out. Several files of one kind (say,
@@ -8,21 +9,41 @@ one dtype each) are joined.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
 from networks import NETWORKS
-from results import Alone, copy_verdicts, layer_verdicts, load, step_verdicts
-from tables import mapped_table, shapes_table, step_table, summary_table, verdict_table
+from results import (
+    KINDS,
+    Alone,
+    Row,
+    copy_verdicts,
+    gpu_verdicts,
+    layer_verdicts,
+    load,
+    step_verdicts,
+)
+from tables import (
+    Table,
+    gpu_table,
+    mapped_table,
+    shapes_table,
+    step_table,
+    summary_table,
+    verdict_table,
+)
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+NO_GPU = "No result yet: none of this has run on a GPU."
 
 
 def join(files: Iterable[dict]) -> tuple[dict, dict[str, list]]:
     """The one environment of all files, and the rows by kind of file."""
-    environments, rows = [], {"layers": [], "mapped": [], "steps": []}
+    environments, rows = [], {kind: [] for kind in KINDS}
     for file in files:
         if file["settings"].get("quick"):
             raise SystemExit("a --quick run is a smoke test, not a measurement")
@@ -33,6 +54,46 @@ def join(files: Iterable[dict]) -> tuple[dict, dict[str, list]]:
         if differing := [key for key in first if key != "date" and first[key] != other[key]]:
             raise SystemExit(f"the files differ in {', '.join(differing)}: one table, one machine")
     return first, rows
+
+
+def newest_gpu_results() -> Path | None:
+    """Of the directories <gpu>-<year>-<month>-<day> that hold a run."""
+    directories = [path.parent for path in RESULTS.glob("*/run.json")]
+    return max(directories, key=lambda path: path.name[-len("2000-01-01") :], default=None)
+
+
+def gpu_results(directory: Path) -> tuple[dict, list[Row], list[dict]]:
+    """The environment, the layers (each case once, by its fullest measurement) and the steps."""
+    files = [load(path) for path in sorted(directory.glob("*.json"))]
+    files = [file for file in files if file["kind"] in ("gpu layers", "gpu steps")]
+    if not files:
+        return {}, [], []
+    machine, rows = join(files)
+    cases: dict[tuple, Row] = {}
+    for row in sorted(rows["gpu layers"], key=lambda row: len(row.seconds)):
+        cases[row.shape, row.kind, row.what] = row
+    return machine, list(cases.values()), rows["gpu steps"]
+
+
+def gpu_block(directory: Path | None) -> str:
+    """What a run on a GPU found: the machine, the stages, the layers, the steps, the musts."""
+    if directory is None:
+        return NO_GPU
+    run = json.loads((directory / "run.json").read_text())
+    machine, layers, steps = gpu_results(directory)
+    parts = [" ".join(f"{key} {value}," for key, value in run["machine"].items())[:-1] + "."]
+    stages = [
+        [s["name"], s["status"], s["summary"], f"{s['seconds']:.0f} s"] for s in run["stages"]
+    ]
+    parts.append(Table("Stages", ["stage", "status", "result", "time"], stages).markdown())
+    if layers:
+        parts += [gpu_table(layers).markdown()]
+    if steps:
+        parts += [step_table(steps).markdown()]
+    if layers:
+        verdicts = [v for v in gpu_verdicts(layers) if v.value is not None]
+        parts += [verdict_table(verdicts).markdown()]
+    return "\n\n".join(parts)
 
 
 def environment_sentence(machine: dict) -> str:
@@ -80,11 +141,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, help="written by --json")
+    parser.add_argument("files", nargs="*", type=Path, help="written by --json")
+    parser.add_argument(
+        "--gpu",
+        nargs="?",
+        type=Path,
+        const=newest_gpu_results(),
+        default=False,
+        metavar="DIR",
+        help="written by gpu_run.py; the newest results that are committed if left out",
+    )
+    parser.add_argument("--plot", type=Path, help="with --gpu: draw a roofline")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--print", action="store_true", help="print the tables instead")
     args = parser.parse_args()
-    tables = blocks(load(path) for path in args.files)
+    tables = {}
+    if args.files:
+        tables |= blocks(load(path) for path in args.files)
+    if args.gpu is not False:
+        tables["gpu"] = gpu_block(args.gpu)
+    if args.plot:
+        machine, layers, _ = gpu_results(args.gpu)
+        if layers:
+            from plot import roofline  # matplotlib takes a second to import
+
+            roofline(layers, machine, args.plot)
+    if not tables:
+        parser.error("neither files nor --gpu")
     if args.print:
         print("\n\n".join(f"{name}\n\n{block}" for name, block in tables.items()))
         return

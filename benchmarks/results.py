@@ -14,6 +14,7 @@ from timing import DISTURBED
 # and dy and write dx; both.
 TRAFFIC = {"forward": 2, "backward": 3, "eval": 2, "module": 5}
 PASSES = tuple(TRAFFIC)
+KINDS = ("layers", "mapped", "steps", "gpu layers", "gpu steps")  # of files
 
 NOISE = 0.95  # "never slower than native" in a single case, on a machine with noise
 MUST_LAYERS = {  # native / ours, geometric mean over the ResNet-50 shapes
@@ -268,7 +269,7 @@ def step_verdicts(steps: list[dict]) -> list[Verdict]:
 
 
 def save(path: Path, kind: str, environment: dict, settings: dict, rows: list) -> None:
-    """One file per run: what ran ("layers", "mapped", "gpu layers", "steps"), where, how, rows."""
+    """One file per run: what ran (of KINDS), where, how, and the rows."""
     rows = [asdict(row) if isinstance(row, Row) else row for row in rows]
     content = {"kind": kind, "environment": environment, "settings": settings, "rows": rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -276,6 +277,6 @@ def save(path: Path, kind: str, environment: dict, settings: dict, rows: list) -
 
 def load(path: Path) -> dict:
     content = json.loads(path.read_text())
-    if content["kind"] not in ("steps", "gpu steps"):
+    if content["kind"] in ("layers", "mapped", "gpu layers"):
         content["rows"] = [Row(**{**row, "shape": tuple(row["shape"])}) for row in content["rows"]]
     return content
