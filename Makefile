@@ -21,16 +21,18 @@ BUILT := build/.built-$(call stamp,$(VENV))
 CODE := $(shell find csrc -type f)
 TEST_CODE := $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp benchmarks/*.cu)
 RUNS = build/bench
+MINUTES ?= 40
 
 # All of them change the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench cuda-check clean
+.PHONY: help demo test lint format bench gpu cuda-check clean
 
 help:
 	@echo 'make demo        train on real images with native, converted and no BatchNorm -> demo.png'
 	@echo 'make test        build in place and run the tests    (PYTEST="-k convert" picks some)'
 	@echo 'make lint        check style                         (make format mends it)'
 	@echo 'make bench       measure layers and training steps   (BENCH=--quick for a smoke run)'
+	@echo 'make gpu         test, tune and measure the CUDA kernels on a GPU  (MINUTES=40)'
 	@echo 'make cuda-check  build the CUDA kernels with nvcc; needs no GPU'
 	@echo 'make clean       remove everything that these made, environments included'
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH="$(TORCH)" can be set on the command line.'
@@ -46,6 +48,10 @@ bench: $(BUILT) $(VENV)/.bench
 	$(PY) benchmarks/bench.py $(BENCH) --json $(RUNS)/layers.json --plot $(RUNS)/layers.png
 	$(PY) benchmarks/bench.py $(BENCH) --mapped --json $(RUNS)/mapped.json
 	$(PY) benchmarks/model.py $(if $(BENCH),--batch 2 --rounds 1) --json $(RUNS)/steps.json
+
+# With the Python, the torch and the nvcc at hand: nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py --minutes $(MINUTES) $(GPU)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .

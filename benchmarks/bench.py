@@ -287,9 +287,9 @@ def run(cases: list[Case], args, machine: dict, console: Console) -> None:
     if not on_gpu:
         console.print(str(Alone.of(rows)), highlight=False)
     if args.plot:
-        from plot import plot  # matplotlib takes a second to import, and only pictures need it
+        import plot  # matplotlib takes a second to import, and only pictures need it
 
-        plot(rows, machine, args.plot)
+        (plot.roofline if on_gpu else plot.plot)(rows, machine, args.plot)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def span(lines: list[tuple[str, tuple[int, ...]]], group: str) -> tuple[float, f
 def roofline(rows: list[Row], machine: dict, path: Path) -> None:
     """The least traffic over the time, against the traffic: a panel per pass and layout.
 
-    The roof is the highest rate of a copy in the run; what takes more passes than it must, or waits,
-    stays below it.
+    The roof is the highest rate of a copy in the run; what takes more passes than it must, or
+    waits, stays below it.
     """
     passes = [what for what in PASSES if any(row.what == what for row in rows)]
     roof = max(2 * row.bytes / row.seconds["copy"] for row in rows) / 1e9
@@ -81,8 +81,8 @@ def roofline(rows: list[Row], machine: dict, path: Path) -> None:
             handles.setdefault(label, handle)
     fig.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False)
     fig.suptitle(
-        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}: traffic over time; "
-        "the line is the fastest copy",
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}\n"
+        "the least traffic over the time; the line is the fastest copy",
         fontsize=11,
     )
     fig.savefig(path, dpi=130)
