@@ -45,7 +45,7 @@ int main() {
          request.element_bytes >> request.inputs >> request.coefficients >> request.aligned >> request.reduces >>
          request.maps >> device.architecture >> device.sms >> device.shared_per_sm >> device.shared_per_block >>
          device.l2 >> device.cooperative) {
-    const Plan plan = Planner(request, device).plan();
+    const Plan plan = Planner(request, device, Override::from_text(Override::environment())).plan();
     const Shape& s = plan.first.shape;
     const int64_t all_channels = plan.pattern == Pattern::kRow ? s.geometry.stats * plan.pack : s.stride;
     const Taken first = taken(plan, plan.first);

@@ -395,7 +395,8 @@ def test_memory_runs_out(device):
                 assert_bitwise(name, value, before[name])
         else:
             assert_within(f"y with {blocks} blocks", y, expected.y, bound)
-    assert succeeded[-1], "8 MB are enough"
+    # a plan of one block a group shares nothing with others, and little between its two launches
+    assert all(succeeded[2:]), succeeded
 
 
 def _limit_memory(device, limit):
