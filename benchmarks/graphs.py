@@ -1,6 +1,7 @@
 """Timing on a GPU: graphs of calls on more memory than its L2 cache holds, between two events."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -16,7 +17,18 @@ def working_sets(bytes_per_call: int) -> int:
     return min(1 + ceil(3 * l2 / max(bytes_per_call, 1)), MOST_SETS)
 
 
-def capture(calls: Sequence[Call]) -> Call:
+@dataclass(frozen=True)
+class Replay:
+    """What the calls read has to stay in memory, and they hold it."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Call]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def capture(calls: Sequence[Call]) -> Replay:
     """A replay of all calls, each with an output of its own."""
     calls[0]()  # compiles, and allocates what is allocated once
     torch.cuda.synchronize()
@@ -29,7 +41,7 @@ def capture(calls: Sequence[Call]) -> Call:
         finally:
             graph.capture_end()
     del outputs
-    return graph.replay
+    return Replay(graph, calls)
 
 
 def sample(call: Call, repetitions: int) -> float:

@@ -71,7 +71,7 @@ def _kernels(call):
     """The names of the kernels that a call launches."""
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     is_kernel = torch.autograd.DeviceType.CUDA
