@@ -9,7 +9,7 @@ is installed. The stages come in the order of their worth and share the minutes.
 in the output directory when it ends, so that a run that is cut short leaves the rest:
 
     run.json     the machine and the outcome of every stage
-    log.txt      all that was printed
+    log.txt      all that was printed (not for the repository: it holds paths of the machine)
     *.json       layers, steps, probes, tuning: the measurements
     roofline.png
 
@@ -89,7 +89,6 @@ class Outcome:
     status: str  # passed, failed, cut (out of time), skipped
     seconds: float
     summary: str
-    commands: list[str]
 
 
 def last_line(text: str) -> str:
@@ -121,6 +120,11 @@ def verdict_summary(text: str) -> str:
 def tuning_summary(text: str) -> str:
     gains = re.findall(r"geometric mean\D*([\d.]+)", text)
     return f"best plans against the rules: x {gains[-1]}" if gains else last_line(text)
+
+
+def step_summary(text: str) -> str:
+    ratios = re.findall(r"resnet50, .*?([\d.]+)\s*│\s*$", text, re.MULTILINE)
+    return f"x native: {', '.join(ratios)}" if ratios else last_line(text)
 
 
 def json_lines(text: str) -> list[dict]:
@@ -267,7 +271,7 @@ def stages(python: str, found: dict, out: Path) -> list[Stage]:
             "training steps",
             6,
             [steps("steps-eager", *low), steps("steps-compiled", *low, "--compile")],
-            last_line,
+            step_summary,
             needs=tables,
         ),
     ]
@@ -307,11 +311,10 @@ class Run:
         (self.out / "run.json").write_text(json.dumps(content, indent=1) + "\n")
 
     def attempt(self, stage: Stage) -> Outcome:
-        commands = [str(step) for step in stage.steps]
         if lacking := [name for name in stage.needs if name in self.missing]:
-            return Outcome(stage.name, "skipped", 0, f"{', '.join(lacking)} missing", commands)
+            return Outcome(stage.name, "skipped", 0, f"{', '.join(lacking)} missing")
         if self.left() < LEAST_SECONDS:
-            return Outcome(stage.name, "skipped", 0, "no time left", commands)
+            return Outcome(stage.name, "skipped", 0, "no time left")
         limit = min(60 * stage.minutes, self.left())
         self.tell(f"\n=== {stage.name}, at most {limit / 60:.1f} of {self.left() / 60:.1f} minutes")
         begin, status, printed = time.monotonic(), "passed", ""
@@ -329,7 +332,7 @@ class Run:
             if code != 0:
                 status = "failed"  # what follows may do all the same
         seconds = time.monotonic() - begin
-        return Outcome(stage.name, status, round(seconds, 1), stage.summary(printed), commands)
+        return Outcome(stage.name, status, round(seconds, 1), stage.summary(printed))
 
     def execute(self, step: Step, seconds: float) -> tuple[int | None, str]:
         """The exit code, None if it ran out of time, and what it printed, which is passed on."""

@@ -81,6 +81,8 @@ def test_summaries():
     assert gpu_run.sanitizer_summary(text).startswith("ERROR SUMMARY: 0 errors; 3 failed")
     assert gpu_run.verdict_summary("a PASS\nb MISS\nc PASS") == "2 of 3 musts met"
     assert gpu_run.probe_summary('{"probe": "copy", "gbps": 4300.2}') == "copies at up to 4300 GB/s"
+    table = "│ resnet50, bf16 nchw, batch 2 │ 99 ms │ 66 ms │ 1.50 │\n└──┘\n"
+    assert gpu_run.step_summary(table) == "x native: 1.50"
     assert gpu_run.tuning_summary("| geometric mean |  | 1.07 |") == (
         "best plans against the rules: x 1.07"
     )
