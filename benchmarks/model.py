@@ -132,19 +132,21 @@ def main() -> None:
     machine = environment(args.device)
     console.print("\n".join(f"{key}: {value}" for key, value in machine.items()), highlight=False)
 
+    on_gpu = args.device == "cuda"
     runs = [(n, d, layout) for n in args.networks for d in args.dtype for layout in args.layout]
     with tqdm(total=len(runs) * 2 * (WARMUP + args.rounds), unit="step", file=sys.stderr) as bar:
-        steps = [measure(*run, args, bar) for run in runs]
+        steps = []
+        for run in runs:
+            steps.append(measure(*run, args, bar))
+            if args.json:  # a long run leaves what it has
+                settings = {"rounds": args.rounds, "batch": args.batch, "size": args.size}
+                save(args.json, "gpu steps" if on_gpu else "steps", machine, settings, steps)
     step_table(steps).print(console)
-    on_gpu = args.device == "cuda"
     # The musts are for batch 16 at 224x224 on a CPU; the rest is for a look.
     if (args.batch, args.size, on_gpu, args.compile) == (16, 224, False, False):
         verdict_table(step_verdicts(steps)).print(console)
     if not on_gpu:
         console.print(str(Alone.of(steps)), highlight=False)
-    if args.json:
-        settings = {"rounds": args.rounds, "batch": args.batch, "size": args.size}
-        save(args.json, "gpu steps" if on_gpu else "steps", machine, settings, steps)
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def gpu_block(directory: Path | None) -> str:
     machine, layers, steps = gpu_results(directory)
     parts = [" ".join(f"{key} {value}," for key, value in run["machine"].items())[:-1] + "."]
     stages = [
-        [s["name"], s["status"], s["summary"], f"{s['seconds']:.0f} s"] for s in run["stages"]
+        [s["name"], s["status"], s["summary"].replace("|", r"\|"), f"{s['seconds']:.0f} s"]
+        for s in run["stages"]
     ]
     parts.append(Table("Stages", ["stage", "status", "result", "time"], stages).markdown())
     if layers:
