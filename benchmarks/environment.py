@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import batchnorm_ext
+from batchnorm_ext import _ops
 
 CPUINFO = Path("/proc/cpuinfo")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -46,6 +47,10 @@ def driver_version() -> str:
 
 
 def gpu() -> dict[str, str | int]:
+    if not _ops.takes(torch.empty(2, 1, device="cuda")):  # and would be measured as native
+        raise SystemExit(
+            "batchnorm_ext was built without kernels for this GPU: make gpu builds them"
+        )
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": properties.name,

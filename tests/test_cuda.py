@@ -126,6 +126,36 @@ def test_agrees_with_the_cpu(case, device):
         assert_within(name, cuda.cpu(), ours, bound)
 
 
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_halves_agree_with_the_whole_on_the_cpu(case, device):
+    """Sums, and what is made of them, in launches of their own."""
+    ops = torch.ops.batchnorm_ext
+    whole, problem = make_problem(case), make_problem(case, device)
+    y, stats, dx, dweight, dbias = _step(whole)
+    expected = whole.oracle(training=True)
+    ratio = whole.mean_over_std(expected.stats)
+    x, dy, weight, bias, *rest = problem.x, problem.dy, *problem.arguments(True)[1:]
+    mean, var, tracked, _, momentum, eps = rest
+    sums = ops.moments(x)
+    cuda_y, cuda_stats = ops.apply(x, weight, bias, mean, var, tracked, sums, momentum, eps)
+    bound = 2 * tolerances.output(expected.y, case.dtype, ratio)
+    assert_within("y", cuda_y.cpu(), y, bound)
+    for name, value in whole.state.items():
+        actual = problem.state[name].cpu()
+        torch.testing.assert_close(actual, value, msg=lambda m, n=name: f"{n}: {m}")
+
+    grad_sums = ops.grad_moments(dy, x, cuda_stats)
+    count = sums[-1:]
+    cuda_dx = ops.grad_apply(dy, x, weight, cuda_stats, grad_sums, count)
+    exact = reference.batch_norm_backward(whole.dy, whole.x, whole.weight, stats, True)
+    magnitudes = gradient_magnitudes(whole, True, stats, exact)
+    found = {"dx": cuda_dx, "dweight": grad_sums[x.shape[1] :], "dbias": grad_sums[: x.shape[1]]}
+    for name, ours in [("dx", dx), ("dweight", dweight), ("dbias", dbias)]:
+        wanted, terms = getattr(exact, name), magnitudes[name]
+        bound = 2 * tolerances.gradient(wanted, terms, case.dtype, ratio, ours.dtype)
+        assert_within(name, found[name].cpu(), ours, bound)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_more_elements_than_32_bits_count(layout, device):
     """One pattern over and over: its statistics and its results are those of the whole."""
