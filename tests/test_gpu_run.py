@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import gpu_run
-from gpu_run import Run, Stage, Step, last_line
+from stages import LEAST_SECONDS, Run, Stage, Step, last_line
 
 
 def _stage(name, code, minutes=1.0, **options):
@@ -52,7 +52,7 @@ def test_a_stage_is_cut_with_all_that_it_started(tmp_path):
 
 
 def test_no_stage_begins_without_time(tmp_path):
-    run = Run(tmp_path, {}, set(), minutes=gpu_run.LEAST_SECONDS / 60 / 2)
+    run = Run(tmp_path, {}, set(), minutes=LEAST_SECONDS / 60 / 2)
     run.run([_stage("late", "print('here')")])
     assert _statuses(tmp_path) == {"late": ("skipped", "no time left")}
 
@@ -67,7 +67,8 @@ def test_nothing_follows_an_essential_stage_that_fails(tmp_path):
 
 def test_json_lines_are_kept(tmp_path):
     step = Step(
-        [sys.executable, "-c", "print('text'); print('{\"a\": 1}')"], rows=tmp_path / "a.json"
+        [sys.executable, "-c", "print('text'); print('{\"a\": 1}'); print('{\"b')"],
+        rows=tmp_path / "a.json",
     )
     Run(tmp_path, {"gpu": "x"}, set(), 1).run([Stage("probes", 1, [step], last_line)])
     content = json.loads((tmp_path / "a.json").read_text())
