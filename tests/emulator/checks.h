@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/pack.cuh"
 
@@ -35,6 +36,10 @@ class Buffer {
   T* data() const { return begin_; }
   T& operator[](int64_t i) const { return begin_[i]; }
   int64_t size() const { return count_; }
+  void append_to(std::vector<unsigned char>& bytes) const {
+    const auto* const from = reinterpret_cast<const unsigned char*>(begin_);
+    bytes.insert(bytes.end(), from, from + count_ * sizeof(T));
+  }
 
  private:
   // Not a byte more than asked for, so that AddressSanitizer sees what lies behind.
@@ -67,6 +72,7 @@ class PerChannel {
       own_[c * kStride] = narrow<T>(static_cast<Acc<T>>(value));
   }
   void clear() const { floats_.clear(), own_.clear(); }
+  void append_to(std::vector<unsigned char>& bytes) const { floats_.append_to(bytes), own_.append_to(bytes); }
   bool is_float() const { return is_float_; }
 
  private:

@@ -287,6 +287,15 @@ class Test {
 
   Exact total() const { return settings_.number("total") < 0 ? 2 * n_ : Exact(settings_.number("total")); }
 
+  // The schedule of the second launch is another, the bits of its outputs are the same.
+  void check_repeats(int turn, const auto&... outputs) {
+    std::vector<unsigned char> bytes;
+    (outputs.append_to(bytes), ...);
+    if (turn == 0) first_outputs_ = bytes;
+    for (std::size_t i = 0; i < bytes.size(); ++i)
+      check("byte of an output repeated", i, bytes[i], first_outputs_[i], 0);
+  }
+
   template <typename Hook>
   void forward(const std::string& op) {
     const int64_t channels = g_.stats;
@@ -327,6 +336,7 @@ class Test {
       y.clear(), stats.clear(), sums_out.clear();
       for (int64_t c = 0; scales && c < channels; ++c) stats[channels + c] = static_cast<double>(1 / before[c].std);
       launch(call, reduces, maps, turn);
+      check_repeats(turn, y, stats, sums_out);
       std::vector<Statistics> all = op == "eval" || scales ? before : op == "apply" ? of_sums(sums_in) : of_batch();
       for (int64_t c = 0; scales && c < channels; ++c) all[c].mean = 0;
       const bool moves = tracks && n > 0;
@@ -419,6 +429,7 @@ class Test {
     for (int turn = 0; turn < 2; ++turn) {
       dx.clear(), dweight.clear(), dbias.clear(), sums_out.clear();
       launch(call, reduces, maps, turn);
+      check_repeats(turn, dx, dweight, dbias, sums_out);
       const Exact rounding = walk_ * kUnit, n = op == "grad_apply" ? count[0] : n_;
       for (int64_t c = 0; c < channels; ++c) {
         if (op == "grad_moments") {
@@ -449,6 +460,7 @@ class Test {
   std::mt19937 random_;
   Buffer<T> x_, dy_, extra_;
   PerChannel<T> weight_, bias_, running_mean_, running_var_;
+  std::vector<unsigned char> first_outputs_;
   std::unique_ptr<Buffer<unsigned>> counters_;
   std::unique_ptr<Buffer<unsigned char>> scratch_;
 };
