@@ -52,11 +52,12 @@ struct MomentLanes {
 
   // The sums of n values about the origin, of which the centre is e away. fp32 squares below 1e-38 are lost, those
   // beyond 1e38 infinite; where that may matter the sum of squares is made NaN, a sign for resum(). A constant channel
-  // is exactly 0 everywhere and not affected. `most` is the most values there can be.
+  // is exactly 0 everywhere and not affected, nor one where e makes up for it all. `most` is the most values there can
+  // be.
   __device__ static __forceinline__ double2 about_origin(Pair<A> pair, double n, double most, double e) {
     const double s1 = pair.a, s2 = pair.b;
     if constexpr (std::is_same_v<A, float>)
-      if (s2 < most * 1e-30 && (s1 != 0 || s2 != 0)) return {s1, NAN};
+      if (s2 < most * 1e-30 && (s1 != 0 || s2 != 0 || (e != 0 && e * e < 1e-30))) return {s1, NAN};
     return {s1 + n * e, s2 + e * (2 * s1 + n * e)};
   }
 };

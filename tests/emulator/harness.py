@@ -96,15 +96,16 @@ def run(binary: Path, *arguments: object, timeout: float = 300) -> Result:
     return result
 
 
-def unsupported(mode: str, directory: Path) -> str | None:
+@functools.cache
+def unsupported(mode: str) -> str | None:
     """Why programs cannot be built or run in this mode, if they cannot."""
-    source = directory / "empty.cpp"
-    directory.mkdir(parents=True, exist_ok=True)
-    source.write_text("int main() {}\n")
-    try:
-        result = run(build(source, mode, directory=directory))
-    except (BuildError, RuntimeError, OSError) as error:
-        return f"no {mode} mode: {error}"
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "empty.cpp"
+        source.write_text("int main() {}\n")
+        try:
+            result = run(build(source, mode, directory=source.parent))
+        except (BuildError, RuntimeError, OSError) as error:
+            return f"no {mode} mode: {error}"
     return None if result.code == 0 else f"no {mode} mode: exit code {result.code}, {result.err}"
 
 

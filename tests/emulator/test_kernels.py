@@ -1,0 +1,242 @@
+"""The CUDA kernels in the emulator: right numbers, no race, no stray access, no barrier too many.
+
+Each configuration is a process of its own: ThreadSanitizer misses races in a process that has run
+others. A failure prints the command line that repeats it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from emulator.harness import HERE, MISUSE, RACE, ROOT, build, mutants, run, unsupported
+
+SOURCE = HERE / "kernels.cpp"
+CSRC = ROOT / "csrc"
+WRONG = 1  # exit code of the program where a number is off
+
+# So many configurations of each operation, policy and dtype run in each mode: None means all. The
+# one that takes longest to compile comes first.
+MODES = {"address": 16, "thread": 6, "plain": None}
+DTYPES = ["f32", "f64", "f16", "bf16"]
+POLICIES = {
+    "forward": ["block", "grid", "split"],
+    "backward": ["block", "grid", "split"],
+    "eval_backward": ["block", "grid", "split"],
+    "moments": ["reduce"],
+    "sums_backward": ["reduce"],
+    "grad_moments": ["reduce"],
+    "eval": ["map"],
+    "apply": ["map"],
+    "grad_apply": ["map"],
+    "scale": ["map"],
+}
+OPTIONS = {
+    "block": ["", "width=8"],
+    "grid": ["ranks=2", "ranks=3,width=8", "ranks=7,relay=1", "ranks=5,width=16,relay=1"],
+    "split": ["ranks=2", "ranks=3,width=8", "ranks=5"],
+    "reduce": ["ranks=1", "ranks=3,width=8", "ranks=7"],
+    "map": ["ranks=1", "ranks=3,width=8", "ranks=7"],
+}
+SHAPES = [  # [outer, stats, inner], for blocks of 64 threads
+    (3, 5, 49),  # odd runs that no pack divides,
+    (4, 8, 49),  # and those that whole packs fit into over several channels
+    (2, 3, 4099),  # too odd and too long for either: element by element
+    (7, 6, 64),
+    (5, 3, 1000),
+    (1, 1, 7000),
+    (37, 13, 1),
+    (37, 24, 1),
+    (300, 40, 1),
+    (23, 12, 4),
+    (6, 130, 2),
+    (1, 3, 2),  # fewer elements than threads
+    (2, 1, 1),
+    (1, 4, 1),  # one element: no unbiased variance
+]
+EMPTY = [(0, 3, 4), (4, 3, 0)]  # the channels of which there are all the same
+DATA = ["normal", "shifted", "outlier", "constant", "huge", "tiny", "nan", "inf"]
+
+
+def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
+    """Arguments for every shape, option and hook; the rest is drawn, each time the same."""
+    draw = random.Random(f"{op} {policy} {dtype}").choice
+    settings = [
+        {
+            "op": op,
+            "dtype": dtype,
+            "outer": outer,
+            "stats": stats,
+            "inner": inner,
+            "data": draw(["normal", *DATA]),
+            "data_seed": draw(range(1000)),
+            "aligned": draw([1, 1, 0]),
+            "hook": hook,
+            "parameters": draw(["f32", "same"]),
+            "momentum": draw([0.25, "none"]),
+            "total": draw([-1, -1, 1] if outer * inner else [0, 1, 50]),
+            "plan": f"policy={policy},{options}",
+            "sms": draw([2, 4]),
+            "shared": 640 << 10 if policy == "block" else 128 << 10,  # a block keeps any group
+            "cooperative": 1 if policy == "grid" else draw([0, 1]),
+            "seed": draw(range(1000)),
+        }
+        for outer, stats, inner in SHAPES + (EMPTY if op in ("apply", "eval") else [])
+        for options in OPTIONS[policy]
+        for hook in ["none", "relu"]
+    ]
+    return [[f"{key}={value}" for key, value in s.items()] for s in settings]
+
+
+# Configurations that reach every barrier, in the dtype whose packs take two passes of a column.
+NET = [
+    f"dtype=bf16 {settings}"
+    for settings in [
+        "op=forward outer=10 stats=16 inner=9 sms=1 plan=policy=grid,ranks=3",
+        "op=forward outer=100 stats=40 inner=1 plan=policy=split,ranks=3,width=16 momentum=none",
+        "op=forward outer=5 stats=4 inner=1000 sms=1 plan=policy=grid,ranks=3,relay=1",
+        "op=forward outer=5 stats=4 inner=1000 plan=policy=split,ranks=3",
+        "op=backward outer=100 stats=40 inner=1 sms=1 plan=policy=grid,ranks=3,width=16,relay=1",
+        "op=forward outer=100 stats=40 inner=1 plan=policy=block data=tiny",
+    ]
+]
+NET_TYPE = "__nv_bfloat16"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with an error in it, which is to end the program with this code in this mode."""
+
+    file: Path
+    name: str
+    text: str
+    code: int = RACE
+
+    @property
+    def mode(self) -> str:
+        return "thread" if self.code == RACE else "plain"
+
+    def __str__(self) -> str:
+        return f"{self.file.name}:{self.name}"
+
+
+BARRIER = r"(__sync(threads|warp)\(.*\)|__threadfence\(\)|meet\(.*\));"
+# What else orders the blocks, and some wrong counts and sums.
+EDITS = [
+    (CSRC / "cuda/norm.cuh", "half ^= 1", "half ^= 0", RACE),
+    (HERE / "emulator.h", "__ATOMIC_ACQ_REL", "__ATOMIC_ACQUIRE", RACE),
+    (HERE / "emulator.h", "__ATOMIC_ACQ_REL", "__ATOMIC_RELEASE", RACE),
+    (HERE / "emulator.h", "p, __ATOMIC_ACQUIRE", "p, __ATOMIC_RELAXED", RACE),
+    (CSRC / "cuda/team.cuh", "(ranks - 1)", "(ranks)", MISUSE),
+    (CSRC / "cuda/team.cuh", "put(first + i * step, sum)", "put(first + i, sum)", WRONG),
+    (CSRC / "cuda/reduce.cuh", "i == 0 ? share : 0", "i == 0 ? share : share", WRONG),
+    (CSRC / "cuda/lanes.cuh", "s2 < most * 1e-30", "s2 < 0", WRONG),
+]
+
+
+def all_mutants() -> Iterator[Mutant]:
+    for file in sorted(CSRC.glob("cuda/*.cuh")):
+        for line, text in mutants(file, BARRIER):
+            yield Mutant(file, str(line), text)
+    for file, old, new, code in EDITS:
+        text = file.read_text()
+        assert text.count(old) == 1, f"{file}: {old}"
+        yield Mutant(file, new, text.replace(old, new), code)
+
+
+def compile_kernels(mode: str, directory: Path, tree: Path = CSRC, *defines: str) -> Path:
+    """The program, with the headers of ``tree``."""
+    defines = ("BATCHNORM_EXT_CUDA_THREADS=64", *defines)
+    return build(SOURCE, mode, defines=defines, include=[tree], directory=directory)
+
+
+def escape(mutant: Mutant, directory: Path) -> list[str]:
+    """How the configurations of the net ended; nothing if one of them reported the mutant."""
+    with TemporaryDirectory(dir=directory) as name:
+        tree = Path(name)
+        shutil.copytree(CSRC, tree, dirs_exist_ok=True)
+        inside = mutant.file.is_relative_to(CSRC)
+        (tree / mutant.file.relative_to(CSRC if inside else HERE)).write_text(mutant.text)
+        program = compile_kernels(mutant.mode, tree, tree, f"BATCHNORM_EXT_KERNELS_OF={NET_TYPE}")
+        ends = []
+        for settings in NET:
+            result = run(program, *settings.split())
+            if result.code == mutant.code:
+                return []
+            ends.append(f"{settings}: {result}")
+        return ends
+
+
+def selected(request: pytest.FixtureRequest, parameter: str) -> list:
+    """The values of a parameter in those tests of this module that will run."""
+    items = [item for item in request.session.items if item.path == request.path]
+    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return list(dict.fromkeys(p[parameter] for p in params if parameter in p))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def programs(request, pool, tmp_path_factory) -> dict[str, Future[Path]]:
+    """By mode."""
+    directory = tmp_path_factory.mktemp("kernels")
+    modes = [mode for mode in selected(request, "mode") if not unsupported(mode)]
+    return {mode: pool.submit(compile_kernels, mode, directory) for mode in modes}
+
+
+@pytest.fixture(scope="module")
+def escapes(request, pool, tmp_path_factory) -> dict[Mutant, Future[list[str]]]:
+    directory = tmp_path_factory.mktemp("mutants")
+    hunted = [mutant for mutant in selected(request, "mutant") if not unsupported(mutant.mode)]
+    return {mutant: pool.submit(escape, mutant, directory) for mutant in hunted}
+
+
+def assert_passes(
+    program: Path, pool: ThreadPoolExecutor, commands: list[list[str]], start=""
+) -> None:
+    results = pool.map(lambda command: run(program, *command), commands)
+    failures = [
+        f"{shlex.join([str(program), *command])}\n{result.out}{result.err}"
+        for command, result in zip(commands, results, strict=True)
+        if result.code or not result.out.startswith(start)
+    ]
+    assert not failures, "\n".join([f"{len(failures)} of {len(commands)} fail", *failures])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "policy"), [(op, p) for op in POLICIES for p in POLICIES[op]])
+@pytest.mark.parametrize("mode", MODES)
+def test_configurations(programs, pool, mode, op, policy, dtype):
+    if reason := unsupported(mode):
+        pytest.skip(reason)
+    commands = configurations(op, policy, dtype)
+    if MODES[mode]:
+        commands = random.Random(f"{mode} {op} {policy} {dtype}").sample(commands, MODES[mode])
+    assert_passes(programs[mode].result(), pool, commands, f"policy={policy} ")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_net_is_for_mutants_only(programs, pool, mode):
+    if reason := unsupported(mode):
+        pytest.skip(reason)
+    assert_passes(programs[mode].result(), pool, [settings.split() for settings in NET])
+
+
+@pytest.mark.parametrize("mutant", list(all_mutants()), ids=str)
+def test_mutant_is_reported(escapes, mutant):
+    if reason := unsupported(mutant.mode):
+        pytest.skip(reason)
+    assert not (ends := escapes[mutant].result()), "\n".join(ends)
