@@ -26,7 +26,7 @@ Taken taken(const Plan& plan, const Launch& launch) {
   const Shape& s = launch.shape;
   const bool row = plan.pattern == Pattern::kRow;
   const int64_t total = row ? s.geometry.outer * (s.geometry.inner / plan.pack) : s.geometry.outer;
-  const int64_t room = row ? s.slots : int64_t{s.slots} / kThreads * s.rows_at_once.divisor;
+  const int64_t room = int64_t{s.kept} * (row ? kThreads : s.rows_at_once.divisor);
   Taken taken;
   for (int64_t rank = 0; rank < s.ranks; ++rank) {
     const int64_t length = std::min(s.chunk, total - rank * s.chunk);

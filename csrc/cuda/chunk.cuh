@@ -2,7 +2,6 @@
 // offer the same:
 //   steps         packs of this thread
 //   offset(step)  where a pack begins, in elements from the start of the tensor
-//   slot(step)    where the block keeps it
 //   channel(lane) the channel, counted from `first`, of an element of this thread's packs
 // and for what is summed again in fp64, count() elements of a channel, element(channel, i). A chunk has fewer than 2^30
 // elements, the tensor may have more than 2^32.
@@ -39,8 +38,9 @@ struct RowChunk {
     const uint32_t at = start + static_cast<uint32_t>(pack), row = divide(s.run, at);
     return base + row * s.stride + static_cast<int64_t>(at - row * s.run.divisor) * kWidth;
   }
-  __device__ __forceinline__ int64_t offset(int step) const { return offset_of(slot(step)); }
-  __device__ __forceinline__ int slot(int step) const { return step * kThreads + static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int64_t offset(int step) const {
+    return offset_of(step * kThreads + static_cast<int>(threadIdx.x));
+  }
   __device__ __forceinline__ int channel(int) const { return 0; }
   __device__ __forceinline__ int channels() const { return 1; }
 
@@ -76,7 +76,6 @@ struct ColumnChunk {
     return base + static_cast<int64_t>(lane_row + step * static_cast<int>(s.rows_at_once.divisor)) * s.stride +
            column * kWidth;
   }
-  __device__ __forceinline__ int slot(int step) const { return step * kThreads + static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ int channel(int lane) const {
     return static_cast<int>(divide(s.inner, static_cast<uint32_t>(column * kWidth + lane)));
   }

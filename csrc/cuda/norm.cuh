@@ -16,59 +16,66 @@ namespace batchnorm_ext::cuda {
 
 enum class Phase { kFused, kReduce, kMap };
 
-// Packs that a thread has under way at once: 64 bytes, enough to hide the latency of memory at two blocks of 512
-// threads a multiprocessor.
+// Steps that a thread has under way at once.
 template <typename Op>
-constexpr int kBatch = 4 / Op::kInputs;
+constexpr int kBatch = kLoads / Op::kInputs;
 
-// Sums the chunk, and keeps it in shared memory for the map.
-template <bool kKeep, typename Op, int kWidth, typename Chunk>
+// Where this thread keeps what it takes in a step: a pack of each input, kThreads apart.
+template <typename Op, int kWidth>
+__device__ __forceinline__ auto* kept_at(const Shape& s, int step) {
+  return shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept) + step * (Op::kInputs * kThreads) + threadIdx.x;
+}
+
+// Sums the chunk. The block keeps of it in shared memory, for the map, what it has room for.
+template <bool kKeeps, typename Op, int kWidth, typename Chunk>
 __device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
   using Packs = typename Op::template Packs<kWidth>;
-  auto* const kept = shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept);
   typename Op::template Lanes<Chunk::kLanes> lanes{};
+#pragma unroll 1
   for (int step = 0, batch = 1; step < chunk.steps; step += kBatch<Op>, ++batch) {
     Packs packs[kBatch<Op>];
+    const bool keeps = kKeeps && step < s.kept;
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
-      if (step + u < chunk.steps) packs[u] = op.template load<kWidth>(chunk.offset(step + u), !kKeep);
+      if (step + u < chunk.steps) packs[u] = op.template load<kWidth>(chunk.offset(step + u), !keeps);
     const int left = chunk.steps - step, count = left < kBatch<Op> ? left : kBatch<Op>;
     if (step == 0) op.start(lanes, chunk, packs, count);
+    if (keeps)
 #pragma unroll
-    for (int u = 0; u < kBatch<Op>; ++u) {
-      if (u >= count) break;
-      if constexpr (kKeep)
+      for (int u = 0; u < kBatch<Op>; ++u)
+        if (u < count)
 #pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) kept[i * s.slots + chunk.slot(step + u)] = packs[u].in[i];
-      op.add(lanes, packs[u]);
-    }
+          for (int i = 0; i < Op::kInputs; ++i) kept_at<Op, kWidth>(s, step + u)[i * kThreads] = packs[u].in[i];
+#pragma unroll
+    for (int u = 0; u < kBatch<Op>; ++u)
+      if (u < count) op.add(lanes, packs[u]);
     // The centres follow the mean while they gain from it: after 2, 4, 8... batches.
     if (batch > 1 && (batch & (batch - 1)) == 0) lanes.recentre((step + count) * (kWidth / Chunk::kLanes));
   }
   return lanes;
 }
 
-// Maps the chunk, from shared memory or from where the tensor is.
-template <bool kKept, typename Op, int kWidth, typename Chunk>
+// Maps the chunk, the last batch first: those that have to be loaded again, some of which the cache may still hold,
+// come before those that are kept.
+template <bool kKeeps, typename Op, int kWidth, typename Chunk>
 __device__ __forceinline__ void map_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
-  using A = typename Op::A;
-  using Packs = typename Op::template Packs<kWidth>;
-  const A* const table = shared_at<A>(s.layout.coefficients);
-  const auto* const kept = shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept);
+  const auto* const table = shared_at<typename Op::A>(s.layout.coefficients);
   if (chunk.steps == 0) return;
-  A c[Op::kCoefficients][Chunk::kLanes];
+  typename Op::A c[Op::kCoefficients][Chunk::kLanes];
 #pragma unroll
   for (int i = 0; i < Op::kCoefficients; ++i)
 #pragma unroll
     for (int l = 0; l < Chunk::kLanes; ++l) c[i][l] = table[i * s.width + chunk.channel(l)];
-  for (int step = 0; step < chunk.steps; step += kBatch<Op>) {
-    Packs packs[kBatch<Op>];
+#pragma unroll 1
+  for (int step = (chunk.steps - 1) / kBatch<Op> * kBatch<Op>; step >= 0; step -= kBatch<Op>) {
+    typename Op::template Packs<kWidth> packs[kBatch<Op>];
+    const bool kept = kKeeps && step < s.kept;
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u) {
       if (step + u >= chunk.steps) break;
-      if constexpr (kKept)
+      if (kept)
 #pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) packs[u].in[i] = kept[i * s.slots + chunk.slot(step + u)];
+        for (int i = 0; i < Op::kInputs; ++i) packs[u].in[i] = kept_at<Op, kWidth>(s, step + u)[i * kThreads];
       else
         packs[u] = op.template load<kWidth>(chunk.offset(step + u), false);
     }

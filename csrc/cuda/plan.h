@@ -14,7 +14,8 @@ namespace batchnorm_ext::cuda {
 enum class Pattern { kRow, kColumn };
 
 // kBlock   one block per group, which keeps it in shared memory between reduction and map
-// kGrid    the same with a team of blocks, all resident at once, that meet at a barrier
+// kGrid    the same with a team of blocks, all resident at once, that meet at a barrier; of a group that is larger than
+//          the chip they keep what they can, and read the rest again
 // kSplit   two launches, reduction and map; the second reads the tensor again
 // kReduce  the reduction alone
 // kMap     the map alone
@@ -134,8 +135,8 @@ inline constexpr Rule kRules[] = {
     {"no cooperative launch", Policy::kSplit, [](const Facts& f) { return !f.device.cooperative; }},
     {"held by a large L2", Policy::kSplit,
      [](const Facts& f) { return f.device.architecture == 89 && f.bytes() * 5 <= f.device.l2 * 4; }},
-    {"group exceeds the chip", Policy::kSplit, [](const Facts& f) { return f.least_ranks > f.resident; }},
-    {"group fits the chip", Policy::kGrid, [](const Facts&) { return true; }},
+    {"group fits the chip", Policy::kGrid, [](const Facts& f) { return f.least_ranks <= f.resident; }},
+    {"group exceeds the chip", Policy::kGrid, [](const Facts&) { return true; }},
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -233,13 +234,17 @@ class Planner {
     const Geometry& g = request_.geometry;
     return row() ? g.outer * (g.inner / plan_.pack) : g.outer;
   }
-  // Packs that a block keeps of a chunk: whole steps of all threads in a column.
-  int64_t slots(int64_t chunk) const { return row() ? chunk : ceil_div(chunk, shape_.rows_at_once.divisor) * kThreads; }
+  int64_t taken_in_a_step() const { return row() ? kThreads : shape_.rows_at_once.divisor; }
+  int64_t kept(int64_t steps) const {
+    const int64_t batch = kLoads / request_.inputs;
+    return steps <= most_kept_ ? steps : most_kept_ / batch * batch;
+  }
+  int64_t step_bytes() const { return kThreads * pack_bytes() * request_.inputs; }
 
   void choose_policy() {
     const int64_t room = std::min(device_.shared_per_sm / kBlocksPerSm - kReserved, device_.shared_per_block);
-    const int64_t slots = std::max<int64_t>(0, room - shape_.layout.kept) / (pack_bytes() * request_.inputs);
-    const int64_t most = row() ? slots : slots / kThreads * shape_.rows_at_once.divisor;  // of total(), in one block
+    most_kept_ = std::max<int64_t>(0, room - shape_.layout.kept) / step_bytes();
+    const int64_t most = most_kept_ * taken_in_a_step();
     facts_ = {device_, shape_.groups, total() * pack_bytes() * shape_.columns.divisor,
               most > 0 ? ceil_div(total(), most) : INT64_MAX, int64_t{kBlocksPerSm} * device_.sms};
     if (!request_.reduces || !request_.maps) {
@@ -251,9 +256,9 @@ class Planner {
         std::find_if(std::begin(kRules), std::end(kRules), [&](const Rule& r) { return r.holds(facts_); });
     plan_.policy = rule->policy;
     plan_.rule = rule->name;
-    const bool possible =
-        override_.policy == Policy::kSplit || (override_.policy == Policy::kBlock && facts_.one_block()) ||
-        (override_.policy == Policy::kGrid && facts_.least_ranks <= facts_.resident && device_.cooperative);
+    const bool possible = override_.policy == Policy::kSplit ||
+                          (override_.policy == Policy::kBlock && facts_.one_block()) ||
+                          (override_.policy == Policy::kGrid && device_.cooperative);
     if (!possible) return;
     plan_.policy = override_.policy;
     plan_.rule = "override";
@@ -262,7 +267,7 @@ class Planner {
   // Teams of few blocks finish their groups in few rounds; teams of many leave blocks of the chip without a team. The
   // fewest ranks within a tenth of the best time are taken: their barrier is the cheapest.
   int64_t grid_ranks() const {
-    const int64_t least = facts_.least_ranks;
+    const int64_t least = std::min(facts_.least_ranks, facts_.resident);
     const int64_t most = std::clamp(facts_.group_bytes / kLeastChunkBytes, least, facts_.resident);
     const auto time = [&](int64_t ranks) {
       const int64_t teams = std::min(facts_.groups, facts_.resident / ranks);
@@ -289,7 +294,7 @@ class Planner {
                     : policy == Policy::kReduce ? free_ranks(kReduceChunkBytes)
                                                 : free_ranks(kMapChunkBytes);
     if (override_.ranks > 0 && !block) ranks = override_.ranks;
-    if (grid) ranks = std::clamp(ranks, facts_.least_ranks, facts_.resident);
+    if (grid) ranks = std::min(ranks, facts_.resident);
     ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns.divisor * plan_.pack, kMostElements), total());
     ranks = std::min(ranks, kMostRanks);
     if (!grid) ranks = std::min(ranks, std::max<int64_t>(1, kMostBlocks / shape_.groups));
@@ -300,14 +305,15 @@ class Planner {
     s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
     s.rank_bits = thread_bits(s.ranks);
     s.relay = grid && int64_t{s.ranks} * s.width > (override_.relay > 0 ? override_.relay : kRelaySums);
-    s.slots = block || grid ? static_cast<int32_t>(slots(s.chunk)) : 0;
-    return {s, s.layout.kept + s.slots * pack_bytes() * request_.inputs};
+    if (block || grid) s.kept = static_cast<int32_t>(kept(ceil_div(s.chunk, taken_in_a_step())));
+    return {s, s.layout.kept + s.kept * step_bytes()};
   }
 
   Request request_;
   Device device_;
   Override override_;
   Facts facts_{};
+  int64_t most_kept_ = 0;  // steps, in the shared memory of a block
   Shape shape_{};
   Plan plan_{};
 };

@@ -18,6 +18,7 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kBlocksPerSm = 3;  // one loads while the other waits, reduces or stores
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kLoads = 4;               // packs that a thread loads at once: 64 bytes, which hide the latency of memory
 constexpr int kPassLanes = 4;           // lanes of a pack that a column reduction sums at a time
 constexpr int64_t kCounterBytes = 128;  // a cache line for each counter that blocks wait on
 
@@ -43,7 +44,7 @@ struct Layout {
   int32_t parts;         // column: pairs [max(threads, columns * pass)]
   int32_t entries;       // column: pairs [columns * pack]
   int32_t flag;          // int
-  int32_t kept;          // packs [inputs, slots]: what the block keeps of the tensor
+  int32_t kept;          // packs [kept, inputs, threads]: what the block keeps of the tensor
 };
 
 struct Shape {
@@ -53,7 +54,7 @@ struct Shape {
   int32_t groups;
   int32_t width;  // channels of a group; the last one may have fewer
   int32_t ranks, teams;
-  int32_t slots;         // packs of one input that a block keeps
+  int32_t kept;          // steps of its chunk that a block keeps in shared memory: all, or whole batches of loads
   int32_t entry_bits;    // 2^bits threads add up the sums of one channel over a block,
   int32_t rank_bits;     // and over the ranks
   bool relay;            // each rank adds up some channels over the ranks for all, instead of all for itself
