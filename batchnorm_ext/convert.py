@@ -56,8 +56,8 @@ def convert_sync_batchnorm(
 ) -> Module:
     """Make every batch normalization in ``module`` one over all ranks, a :class:`SyncBatchNorm`.
 
-    Takes the layers of ``torch.nn``, ``SyncBatchNorm`` included, and those of this library; in place
-    and as lossless as :func:`convert`. Each layer remembers the class it comes from.
+    Takes the layers of ``torch.nn``, ``SyncBatchNorm`` included, and those of this library; in
+    place and as lossless as :func:`convert`. Each layer remembers the class it comes from.
 
     Args:
         module: any module; converting twice is harmless.
@@ -95,10 +95,10 @@ def revert(module: Module) -> Module:
     """Undo :func:`convert_sync_batchnorm`, and :func:`convert` where that was not done.
 
     Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
-    ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes the
-    ``torch.nn`` layer it stands for; layers that went through both conversions get there by a second
-    ``revert``. In place and as lossless as :func:`convert`; subclasses of this library's layers are
-    left as they are.
+    ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes
+    the ``torch.nn`` layer it stands for; layers that went through both conversions get there by a
+    second ``revert``. In place and as lossless as :func:`convert`; subclasses of this library's
+    layers are left as they are.
 
     Args:
         module: any module, converted or built with this library's classes.

@@ -23,12 +23,12 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     :class:`torch.nn.SyncBatchNorm`, on CPU and GPU.
 
     In training, the ranks of ``process_group`` add up ``[n * mean, M2 + n * mean^2, n]`` of their
-    inputs (``M2`` is the sum of squared deviations from the mean), ``2 C + 1`` values in float64, by
-    one all-reduce, and normalize with the mean and variance of the sum; the backward all-reduces
+    inputs (``M2`` is the sum of squared deviations from the mean), ``2 C + 1`` values in float64,
+    by one all-reduce, and normalize with the mean and variance of the sum; the backward all-reduces
     ``2 C`` values. Batches of different sizes, empty ones among them, count by their elements, and
-    the dtypes of the inputs may differ. The gradients of weight and bias are those of this rank, for
-    ``DistributedDataParallel`` to average. In evaluation, without an initialized process group and
-    in a group of one there is no communication: the layer is a plain batch normalization.
+    the dtypes of the inputs may differ. The gradients of weight and bias are those of this rank,
+    for ``DistributedDataParallel`` to average. In evaluation, without an initialized process group
+    and in a group of one there is no communication: the layer is a plain batch normalization.
 
     It derives from the base of the batch normalization classes and not from
     ``torch.nn.SyncBatchNorm``, whose instances ``DistributedDataParallel`` refuses on the CPU.
@@ -44,8 +44,8 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     computing sample variances*, 1979, taken about zero.
 
     Args:
-        num_features: C, of inputs ``(N, C)`` to ``(N, C, D, H, W)`` in float32, float64, bfloat16 or
-            float16 and any memory format.
+        num_features: C, of inputs ``(N, C)`` to ``(N, C, D, H, W)`` in float32, float64, bfloat16
+            or float16 and any memory format.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
         process_group: the ranks to synchronize with; None for all.
         device, dtype, kwargs: as in :class:`torch.nn.BatchNorm2d`.
@@ -53,9 +53,10 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     Raises:
         ValueError: an input of less than 2 or more than 5 dimensions; a process group that this
             rank is not in.
-        RuntimeError: names the layer and the rank if the collective fails, as when a rank dies, does
-            not come within the timeout of the group, or has other channels; the running
-            statistics are then as before.
+        RuntimeError: names the layer, the rank and the input if the message fails, as when a rank
+            dies or does not come within the timeout of the group; the running statistics are then
+            as before. Gloo may end a process whose message has another size than that of its
+            neighbour: which layers and channels these were, the debug mode tells.
         NotImplementedError: an input that the operators do not take while there are ranks to
             synchronize with.
 
