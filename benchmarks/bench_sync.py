@@ -40,7 +40,6 @@ from timing import no_gc, processor_seconds
 
 ops = torch.ops.batchnorm_ext
 WARMUP = 3
-SAMPLE = 3  # calls per sample
 
 
 def halves(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
@@ -113,9 +112,8 @@ def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 dist.barrier()
                 start = perf_counter()
-                for _ in range(SAMPLE):
-                    calls[name]()
-                samples[name].append((perf_counter() - start) / SAMPLE)
+                calls[name]()
+                samples[name].append(perf_counter() - start)
     return {name: median(times) for name, times in samples.items()}
 
 
@@ -145,7 +143,7 @@ def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> 
             torch.manual_seed(rank)
             before = all_processor_seconds()
             seconds = timed(contestants(shape, args.device, free), args.rounds)
-            single = timed(messages(shape[1], ranks), 3 * args.rounds)
+            single = timed(messages(shape[1], ranks), args.rounds)
             row = {
                 "ranks": ranks,
                 "batch": batch,
@@ -195,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch", default=[2, 8], help="per rank, comma-separated (2,8)", **numbers
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--plot", type=Path, help="draw the cost model into this file")
