@@ -4,11 +4,11 @@
     python benchmarks/bench_sync.py --ranks 2 --batch 2 --rounds 5
     python benchmarks/bench_sync.py --device cuda --ranks 2
 
-Over the layer shapes of ResNet-50, with a small batch on each rank, a gloo process group and one
-thread per rank. All contestants run the same local kernels but for "plain torch"; "free messages"
-is our layer in a group whose messages arrive at once, and "halves" is what it computes, without
-autograd and messages. On CUDA, torch.nn.SyncBatchNorm itself takes part instead of its algorithm.
-The times of single messages are fitted by a cost model (sync_model.py), drawn up to 16,384 ranks.
+Over the layer shapes of ResNet-50, with a small batch, a core and a thread on each rank of a gloo
+process group. All contestants but "plain torch" run the same local kernels; "free messages" is our
+layer in a group whose messages arrive at once, and "halves" is what it computes, without autograd
+and messages. On CUDA, torch.nn.SyncBatchNorm itself takes part instead of its algorithm. The times
+of single messages are fitted by a cost model (sync_model.py), drawn up to 16,384 ranks.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import batchnorm_ext
 import sync_model
 from cases import layer_shapes
 from environment import environment
+from mapped import MALLOC
 from networks import NETWORKS
 from results import save, sync_verdicts
 from sync_peers import PEERS
@@ -134,6 +135,10 @@ def all_processor_seconds() -> tuple[float, float]:
 def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> None:
     """One rank; the first one sends the rows."""
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        # else a rank that was waiting may wake up on the core of another, and stay there
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     free = dist.new_group(backend="fake")
     for batch in args.batch:
@@ -161,6 +166,7 @@ def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> 
 
 def run(ranks: int, args: argparse.Namespace, bar: tqdm) -> list[dict]:
     context = multiprocessing.get_context("spawn")
+    os.environ.update(MALLOC)  # else whose outputs cost page faults is a matter of luck
     ours, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
