@@ -25,10 +25,11 @@ MINUTES ?= 40
 
 # All of them change the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench gpu cuda-check clean
+.PHONY: help demo demo-ddp test lint format bench gpu cuda-check clean
 
 help:
 	@echo 'make demo        train on real images with native, converted and no BatchNorm -> demo.png'
+	@echo 'make demo-ddp    train in 2 processes with and without SyncBatchNorm -> demo_ddp.png'
 	@echo 'make test        build in place and run the tests    (PYTEST="-k convert" picks some)'
 	@echo 'make lint        check style                         (make format mends it)'
 	@echo 'make bench       measure layers and training steps   (BENCH=--quick for a smoke run)'
@@ -40,6 +41,9 @@ help:
 demo: $(BUILT) $(VENV)/.demo
 	$(PY) examples/demo.py
 
+demo-ddp: $(BUILT) $(VENV)/.demo
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=2 examples/train_ddp.py
+
 test: $(BUILT) $(VENV)/.test
 	$(PY) -m pytest $(PYTEST)
 
@@ -47,6 +51,8 @@ bench: $(BUILT) $(VENV)/.bench
 	mkdir -p $(RUNS)
 	$(PY) benchmarks/bench.py $(BENCH) --json $(RUNS)/layers.json --plot $(RUNS)/layers.png
 	$(PY) benchmarks/bench.py $(BENCH) --mapped --json $(RUNS)/mapped.json
+	$(PY) benchmarks/bench_sync.py $(if $(BENCH),--ranks 2 --batch 2 --rounds 3) \
+	--json $(RUNS)/sync.json --plot $(RUNS)/sync.png
 	$(PY) benchmarks/model.py $(if $(BENCH),--batch 2 --rounds 1) --json $(RUNS)/steps.json
 
 # With the Python, the torch and the nvcc at hand: nothing is installed.
@@ -64,7 +70,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CODE) $(TEST_CODE)
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf build dist *.egg-info .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis demo.png demo_ddp.png
 	rm -f batchnorm_ext/*.so batchnorm_ext/_build.py
 
 # There is one build in place, whichever environment it is for: the stamps of others are void.

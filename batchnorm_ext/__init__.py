@@ -4,13 +4,14 @@
     model = batchnorm_ext.convert(model)   # every nn.BatchNorm* in it now runs on the fused kernels
 
 ``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes,
-``functional.batch_norm`` for the function, ``revert`` undoes ``convert``, ``show_config`` tells how
-the library was built.
+``functional.batch_norm`` for the function. ``convert_sync_batchnorm`` makes layers normalize over
+all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions, ``show_config`` tells how the
+library was built.
 """
 
 from batchnorm_ext import functional
 from batchnorm_ext._ops import show_config
-from batchnorm_ext.convert import convert, revert
+from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -19,6 +20,7 @@ from batchnorm_ext.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from batchnorm_ext.sync import SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -29,7 +31,9 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "convert",
+    "convert_sync_batchnorm",
     "functional",
     "revert",
     "show_config",

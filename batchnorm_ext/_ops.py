@@ -54,6 +54,7 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
 _instruction_set, _cuda_architectures = _load()
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
 # Integers are among them because the operator's own error for them is the clear one.
 _DTYPES = frozenset(
@@ -73,13 +74,14 @@ def takes(input: Tensor) -> bool:
         and forward_ad._current_level < 0
     ):
         return True
-    reason = _refusal(input)
+    reason = refusal(input)
     if reason is not None and not torch.compiler.is_compiling():
         _log_once(reason)
     return reason is None
 
 
-def _refusal(input: Tensor) -> str | None:
+def refusal(input: Tensor) -> str | None:
+    """Why the operators don't take this input, or None if they do."""
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -178,6 +180,37 @@ def _(dy, x, weight, stats, training, output_mask):
     dweight = torch.empty_like(parameter) if output_mask[1] else None
     dbias = parameter.new_empty((x.shape[1],)) if output_mask[2] else None
     return dx, dweight, dbias
+
+
+@torch.library.register_fake("batchnorm_ext::moments")
+def _(x):
+    return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchnorm_ext::apply")
+def _(x, weight, bias, running_mean, running_var, num_batches_tracked, sums, momentum, eps):
+    _check_devices(
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+        sums=sums,
+    )
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchnorm_ext::grad_moments")
+def _(dy, x, stats):
+    _check_devices(x, dy=dy, stats=stats)
+    return x.new_empty((2 * x.shape[1],), dtype=torch.float64)
+
+
+@torch.library.register_fake("batchnorm_ext::grad_apply")
+def _(dy, x, weight, stats, grad_sums, count):
+    _check_devices(x, dy=dy, weight=weight, stats=stats, grad_sums=grad_sums, count=count)
+    return torch.empty_like(x)
 
 
 def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:

@@ -4,12 +4,16 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from batchnorm_ext import modules
+from batchnorm_ext.sync import SyncBatchNorm
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "convert_sync_batchnorm", "revert"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,14 +44,61 @@ def convert(module: Module) -> Module:
 
         >>> model = batchnorm_ext.convert(torchvision.models.resnet50())
     """
-    return _swap(module, _OURS, is_done=_is_ours)
+    return _swap(
+        module,
+        lambda layer, kind, name: _OURS.get(kind),
+        lambda layer: isinstance(layer, tuple(_OURS)) and not _is_ours(layer),
+    )
+
+
+def convert_sync_batchnorm(
+    module: Module, process_group: "dist.ProcessGroup | None" = None
+) -> Module:
+    """Make every batch normalization in ``module`` one over all ranks, a :class:`SyncBatchNorm`.
+
+    Takes the layers of ``torch.nn``, ``SyncBatchNorm`` included, and those of this library; in
+    place and as lossless as :func:`convert`. Each layer remembers the class it comes from.
+
+    Args:
+        module: any module; converting twice is harmless.
+        process_group: the ranks to synchronize with. With None a ``torch.nn.SyncBatchNorm`` keeps
+            its own, and the others synchronize with all.
+
+    Returns:
+        ``module``.
+
+    Warns:
+        UserWarning: names the layers that derive from a batch normalization class and were left as
+            they are; lazy ones are among them, which have to see an input first.
+
+    Example::
+
+        >>> model = batchnorm_ext.convert_sync_batchnorm(model)
+        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+    """
+
+    converted = (*_OURS, *_NATIVE, nn.SyncBatchNorm)
+
+    def become_sync(layer: nn.Module, kind: type, name: str) -> type | None:
+        if kind not in converted or issubclass(kind, LazyModuleMixin):
+            return None
+        own_group = getattr(layer, "process_group", None)
+        layer.process_group = own_group if process_group is None else process_group
+        layer.name = name or kind.__name__
+        layer.origin = kind, own_group
+        return SyncBatchNorm
+
+    return _swap(module, become_sync, lambda layer: not isinstance(layer, SyncBatchNorm))
 
 
 def revert(module: Module) -> Module:
-    """Undo :func:`convert`: make every layer of this library the ``torch.nn`` layer it stands for.
+    """Undo :func:`convert_sync_batchnorm`, and :func:`convert` where that was not done.
 
-    In place and as lossless as :func:`convert`; subclasses of this library's layers are left as
-    they are.
+    Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
+    ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes
+    the ``torch.nn`` layer it stands for; layers that went through both conversions get there by a
+    second ``revert``. In place and as lossless as :func:`convert`; subclasses of this library's
+    layers are left as they are.
 
     Args:
         module: any module, converted or built with this library's classes.
@@ -63,29 +114,46 @@ def revert(module: Module) -> Module:
         >>> # can be loaded where batchnorm_ext is not installed
         >>> torch.save(batchnorm_ext.revert(model), "model.pt")
     """
-    return _swap(module, _NATIVE, is_done=lambda layer: not _is_ours(layer))
+
+    def become_native(layer: nn.Module, kind: type, name: str) -> type | None:
+        if kind is not SyncBatchNorm:
+            return _NATIVE.get(kind)
+        kind, layer.process_group = layer.origin or (nn.SyncBatchNorm, layer.process_group)
+        added = (
+            ["name", "origin"] if kind is nn.SyncBatchNorm else ["name", "origin", "process_group"]
+        )
+        for attribute in added:
+            delattr(layer, attribute)
+        return kind
+
+    return _swap(module, become_native, _is_ours)
 
 
 def _is_ours(layer: nn.Module) -> bool:
-    return isinstance(layer, tuple(_NATIVE))
+    return isinstance(layer, (*_NATIVE, SyncBatchNorm))
 
 
 def _swap(
-    module: Module, classes: dict[type, type], is_done: Callable[[nn.Module], bool]
+    module: Module,
+    become: Callable[[nn.Module, type, str], type | None],
+    is_concerned: Callable[[nn.Module], bool],
 ) -> Module:
-    """Change classes by the table, and warn of the subclasses that are left."""
+    """Change classes, and warn of the layers concerned that ``become`` has no class for.
+
+    ``become(layer, its class, its path)`` gives the new class or None.
+    """
     skipped = []
     for name, layer in module.named_modules():
-        if is_done(layer):
-            continue
         kind = type(layer)
-        if kind in classes:
-            layer.__class__ = classes[kind]
-        elif parametrize.is_parametrized(layer) and kind.__base__ in classes:
+        if not isinstance(layer, _BatchNorm):
+            continue
+        if new := become(layer, kind, name):
+            layer.__class__ = new
+        elif parametrize.is_parametrized(layer) and (new := become(layer, kind.__base__, name)):
             # register_parametrization gave this layer a class of its own, which holds the
             # parametrized properties
-            layer.__class__ = type(kind.__name__, (classes[kind.__base__],), dict(kind.__dict__))
-        elif isinstance(layer, tuple(classes)):
+            layer.__class__ = type(kind.__name__, (new,), dict(kind.__dict__))
+        elif is_concerned(layer):
             skipped.append(f"{name or 'the module itself'} ({kind.__qualname__})")
     if skipped:
         warnings.warn(

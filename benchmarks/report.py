@@ -1,6 +1,6 @@
 """Writes measured tables into the README, between markers that name them.
 
-    python benchmarks/report.py layers.json mapped.json steps.json
+    python benchmarks/report.py layers.json mapped.json steps.json sync.json
     python benchmarks/report.py --gpu  # of the newest benchmarks/results/<gpu>-<date>
 
 Each `<!-- bench:NAME:begin -->` ... `<!-- bench:NAME:end -->` in the README whose table the given
@@ -25,6 +25,7 @@ from results import (
     layer_verdicts,
     load,
     step_verdicts,
+    sync_verdicts,
 )
 from tables import (
     Table,
@@ -33,6 +34,7 @@ from tables import (
     shapes_table,
     step_table,
     summary_table,
+    sync_table,
     verdict_table,
 )
 
@@ -127,6 +129,18 @@ def blocks(files: Iterable[dict]) -> dict[str, str]:
     return result | {"musts": verdict_table(verdicts).markdown()}
 
 
+def sync_blocks(file: dict) -> dict[str, str]:
+    """Marker name -> markdown, of bench_sync.py: ranks of one thread, apart from the others."""
+    rows = file["rows"]
+    environment = f"{environment_sentence(file['environment'])} {Alone.of(rows)}"
+    tables = {
+        f"sync-{ranks}-{batch}": sync_table(rows, ranks, batch).markdown()
+        for ranks, batch in {(row["ranks"], row["batch"]) for row in rows}
+    }
+    musts = verdict_table(sync_verdicts(rows)).markdown()
+    return {"sync-environment": environment, "sync-musts": musts} | tables
+
+
 def fill(text: str, blocks: dict[str, str]) -> tuple[str, list[str]]:
     """The text with every marked block replaced, and the names of those found."""
     found = []
@@ -158,7 +172,12 @@ def main() -> None:
     args = parser.parse_args()
     tables = {}
     if args.files:
-        tables |= blocks(load(path) for path in args.files)
+        files = [load(path) for path in args.files]
+        if local := [file for file in files if file["kind"] != "sync"]:
+            tables |= blocks(local)
+        for file in files:
+            if file["kind"] == "sync":
+                tables |= sync_blocks(file)
     if args.gpu is not False:
         tables["gpu"] = gpu_block(args.gpu)
     if args.plot:

@@ -14,7 +14,7 @@ from timing import DISTURBED
 # and dy and write dx; both.
 TRAFFIC = {"forward": 2, "backward": 3, "eval": 2, "module": 5}
 PASSES = tuple(TRAFFIC)
-KINDS = ("layers", "mapped", "steps", "gpu layers", "gpu steps")  # of files
+KINDS = ("layers", "mapped", "steps", "sync", "gpu layers", "gpu steps")  # of files
 
 NOISE = 0.95  # "never slower than native" in a single case, on a machine with noise
 MUST_LAYERS = {  # native / ours, geometric mean over the ResNet-50 shapes
@@ -25,6 +25,8 @@ MUST_LAYERS = {  # native / ours, geometric mean over the ResNet-50 shapes
 MUST_SMALL = {(8, 16, 8, 8): 1.2, (32, 64): 1.2}  # native / ours, module call
 MUST_COMPILE = 4.0  # compiled native / ours, module call
 MUST_COPY = {"forward": 1.35, "backward": 2.1}  # ours / copy, at most, output mapped
+MUST_SYNC = {"native's algorithm": 1.1, "plain torch": 2.0}  # theirs / ours, layer on 2 ranks
+MUST_SYNC_OVERHEAD = 1.1  # ours with free messages / our local layer, at most
 MUST_STEP = {"nchw": 1.2, "nhwc": 1.08}  # native / converted, ResNet-50 training step in fp32
 
 # On an H200: share of the floor, at least, by layout and megabytes. Channels-last layers of 56x56
@@ -266,6 +268,27 @@ def step_verdicts(steps: list[dict]) -> list[Verdict]:
         Verdict(f"ResNet-50 training step, fp32 {layout}, x native", must, measured.get(layout))
         for layout, must in MUST_STEP.items()
     ]
+
+
+def sync_times(rows: Iterable[dict], peer: str, ours: str = "ours") -> float | None:
+    """The geometric mean of peer / ours, each row counting as often as the network has it."""
+    rows = [row for row in rows if peer in row["seconds"]]
+    ratios = [r["seconds"][peer] / r["seconds"][ours] for r in rows for _ in range(r["layers"])]
+    return geometric_mean(ratios) if ratios else None
+
+
+def sync_verdicts(rows: list[dict]) -> list[Verdict]:
+    """The musts on SyncBatchNorm on two ranks, from the rows of bench_sync.py."""
+    verdicts = []
+    for batch in sorted({row["batch"] for row in rows}):
+        group = [row for row in rows if (row["ranks"], row["batch"]) == (2, batch)]
+        where = f"batch {batch}, ResNet-50 layers"
+        for peer, must in MUST_SYNC.items():
+            verdicts.append(Verdict(f"{where}, x {peer}", must, sync_times(group, peer)))
+        overhead = sync_times(group, "free messages", "local")
+        name = f"{where}, without messages, time / local layer"
+        verdicts.append(Verdict(name, MUST_SYNC_OVERHEAD, overhead, at_most=True))
+    return verdicts
 
 
 def save(path: Path, kind: str, environment: dict, settings: dict, rows: list) -> None:

@@ -17,6 +17,7 @@ from results import (
     network_times,
     select,
     shape_name,
+    sync_times,
     worst,
 )
 
@@ -262,6 +263,25 @@ def plan_totals(gpu: Gpu, requests: list[Request], plans: list[Plan]) -> Table:
         )
     header = ["pass, policy", "cases", "passes", "GB", "time", "x least traffic"]
     return Table(f"Totals for an {gpu.name}", header, lines)
+
+
+def sync_table(rows: list[dict], ranks: int, batch: int) -> Table:
+    """A line per layer shape, on so many ranks with so large batches; geometric means last."""
+    rows = [row for row in rows if (row["ranks"], row["batch"]) == (ranks, batch)]
+    peers = [name for name in rows[0]["seconds"] if name != "ours"]
+    lines = [
+        [
+            shape_name(row["shape"]),
+            str(row["layers"]),
+            *(duration(row["seconds"][name]) for name in ("ours", *peers)),
+            duration(row["messages"]["all_reduce float64"]),
+        ]
+        for row in rows
+    ]
+    means = [ratio(sync_times(rows, peer)) for peer in peers]
+    lines.append(["x ours, mean over the layers", "", "", *means, ""])
+    header = ["shape", "layers", "ours", *peers, "message"]
+    return Table(f"{ranks} ranks, batch {batch} each", header, lines, footer=1)
 
 
 def verdict_table(verdicts: list[Verdict]) -> Table:

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace batchnorm_ext {
@@ -19,22 +20,31 @@ OptionalTensor raised(const OptionalTensor& parameter) {
   return dtype == at::kHalf || dtype == at::kBFloat16 ? parameter->to(at::kFloat) : parameter;
 }
 
-template <at::DeviceType device>
-std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                      const OptionalTensor& num_batches_tracked, bool training,
-                                      std::optional<double> momentum, double eps) {
+// The operators that share the arguments (x, weight, bias, ...).
+constexpr char kBatchNorm[] = "batchnorm_ext::batch_norm", kSyncBatchNorm[] = "batchnorm_ext::sync_batch_norm";
+
+template <at::DeviceType device, const char* name, typename Result, typename... Rest>
+Result with_raised_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, Rest... rest) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("batchnorm_ext::batch_norm", "")
-                             .typed<decltype(batch_norm<device>)>();
-  return op.call(x, raised(weight), raised(bias), running_mean, running_var, num_batches_tracked, training, momentum,
-                 eps);
+                             .findSchemaOrThrow(name, "")
+                             .typed<Result(const Tensor&, const OptionalTensor&, const OptionalTensor&, Rest...)>();
+  return op.call(x, raised(weight), raised(bias), rest...);
+}
+
+template <at::DeviceType device>
+void register_on(torch::Library& m) {
+  m.impl("batch_norm",
+         with_raised_parameters<device, kBatchNorm, std::tuple<Tensor, Tensor>, const OptionalTensor&,
+                                const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double>);
+  m.impl("sync_batch_norm",
+         with_raised_parameters<device, kSyncBatchNorm, Tensor, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, std::optional<double>, double, std::string>);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCPU, m) { m.impl("batch_norm", batch_norm<at::kCPU>); }
-TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCUDA, m) { m.impl("batch_norm", batch_norm<at::kCUDA>); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCPU, m) { register_on<at::kCPU>(m); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, AutocastCUDA, m) { register_on<at::kCUDA>(m); }
 
 }  // namespace batchnorm_ext

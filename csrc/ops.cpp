@@ -42,4 +42,11 @@ TORCH_LIBRARY(batchnorm_ext, m) {
 
   // dx = weight * invstd * (dy - grad_sums[:C] / count - xhat * grad_sums[C:] / count),  count: one float64
   m.def("grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor grad_sums, Tensor count) -> Tensor dx");
+
+  // apply(x, ..., sum of moments(x) over the ranks of the group): batch_norm in training on the batches of all ranks.
+  // In backward too, only sums cross the ranks: dx is as of one loss, the sum of those of all ranks, while dweight and
+  // dbias are what this rank adds to it.
+  m.def(
+      "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name) -> Tensor");
 }

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ranks import Ranks
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device that the tests run on (cpu, cuda)")
@@ -67,3 +69,12 @@ def set_num_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(n)``: n processes in a process group, the same ones in every test."""
+    groups = {n: Ranks(n) for n in (1, 2, 3, 4)}
+    yield groups.__getitem__
+    for group in groups.values():
+        group.stop()

@@ -9,6 +9,8 @@
 #include <memory>
 #include <optional>
 
+#include "../recompute.h"
+
 namespace batchnorm_ext::cpu {
 
 using Channels = std::unique_ptr<double[]>;
@@ -38,11 +40,12 @@ inline void write_channels(const at::Tensor& tensor, int64_t channels, const dou
   });
 }
 
-// Moves the running statistics to those of `count` elements per channel, and counts the batch. A single element has no
-// unbiased variance: it leaves the running one as it is.
+// Moves the running statistics to those of `count` elements per channel, and counts the batch, unless it has been
+// counted before. A single element has no unbiased variance: it leaves the running one as it is.
 inline void track(const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
                   const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
                   int64_t channels, double count, const double* mean, const double* var) {
+  if (recomputes_forward()) return;
   double factor = 0;
   if (num_batches_tracked) factor = 1.0 / static_cast<double>(++*num_batches_tracked->mutable_data_ptr<int64_t>());
   if (momentum) factor = *momentum;

@@ -1,0 +1,115 @@
+"""The layers that SyncBatchNorm is measured against, training forward and backward only.
+
+Each is a function (x, weight, bias, running_mean, running_var, group) -> y.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ops = torch.ops.batchnorm_ext
+MOMENTUM, EPS = 0.1, 1e-5
+
+
+class GatherStatistics(torch.autograd.Function):
+    """torch.nn.SyncBatchNorm's algorithm, which refuses CPU tensors, around the same local kernels.
+
+    Forward: all_gather of [mean, invstd, count] in the dtype of the statistics, ranks without
+    elements masked out, then the merge; backward: all_reduce of 2 C sums.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, group):
+        channels, ranks = x.shape[1], group.size()
+        mean, square, count = ops.moments(x).split([channels, channels, 1])
+        mean = mean / count
+        invstd = (square / count - mean.square() + EPS).rsqrt()
+        combined = torch.cat([mean, invstd, count]).float()
+        gathered = [torch.empty_like(combined) for _ in range(ranks)]
+        dist.all_gather(gathered, combined, group=group)
+        means, invstds, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
+        mask = counts.squeeze(-1) >= 1
+        means, invstds, counts = means[mask].double(), invstds[mask].double(), counts[mask].double()
+        # merged in the form that the local kernel takes
+        squares = invstds.pow(-2) - EPS + means.square()
+        sums = torch.cat([torch.cat([means, squares], 1).mul(counts).sum(0), counts.sum(0)])
+        y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
+        ctx.save_for_backward(x, weight, stats, sums[-1:])
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, stats, count = ctx.saved_tensors
+        local = ops.grad_moments(dy, x, stats)
+        dbias, dweight = local.float().chunk(2)
+        combined = torch.cat([dbias, dweight])
+        dist.all_reduce(combined, group=ctx.group)
+        dx = ops.grad_apply(dy, x, weight, stats, combined.double(), count)
+        return dx, dweight, dbias, None, None, None
+
+
+class TwoMessages(torch.autograd.Function):
+    """The same sums as ours, each moment in a message of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, group):
+        sums = ops.moments(x)
+        first, second = sums.split([x.shape[1], x.shape[1] + 1])
+        dist.all_reduce(first, group=group)
+        dist.all_reduce(second, group=group)
+        y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
+        ctx.save_for_backward(x, weight, stats, sums[-1:])
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, stats, count = ctx.saved_tensors
+        sums = ops.grad_moments(dy, x, stats)
+        dbias, dweight = sums.float().chunk(2)
+        for part in sums.chunk(2):
+            dist.all_reduce(part, group=ctx.group)
+        dx = ops.grad_apply(dy, x, weight, stats, sums, count)
+        return dx, dweight, dbias, None, None, None
+
+
+class AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.group = group
+        total = local.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return AllReduce.forward(ctx, gradient, ctx.group), None
+
+
+def plain_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, group
+) -> Tensor:
+    """Written in PyTorch operators, as detectron2's NaiveSyncBatchNorm is: mean and mean of squares
+    of equal batches, averaged over the ranks by a differentiable all_reduce."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    means = torch.cat([x.mean(dims), (x * x).mean(dims)])
+    mean, square = (AllReduce.apply(means, group) / group.size()).chunk(2)
+    variance = square - mean * mean
+    running_mean += MOMENTUM * (mean.detach() - running_mean)
+    running_var += MOMENTUM * (variance.detach() - running_var)
+    scale = weight * torch.rsqrt(variance + EPS)
+    shift = bias - mean * scale
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    return x * scale.view(shape) + shift.view(shape)
+
+
+PEERS = {
+    "native's algorithm": GatherStatistics.apply,
+    "two all-reduces": TwoMessages.apply,
+    "plain torch": plain_torch,
+}

@@ -1,0 +1,170 @@
+"""Switching a model over to synchronized layers and back: only classes change."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import batchnorm_ext
+from batchnorm_ext import convert, convert_sync_batchnorm, revert
+from support import assert_bitwise
+from test_convert import Doubled, NormAndActivation, Plain
+
+
+def _tree():
+    shared = nn.BatchNorm2d(4)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        shared,
+        nn.ModuleDict({"inner": nn.Sequential(nn.BatchNorm1d(4, momentum=None))}),
+        shared,
+        nn.BatchNorm3d(2, affine=False),
+        nn.GroupNorm(2, 4),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.SyncBatchNorm(4, track_running_stats=False),
+        batchnorm_ext.BatchNorm2d(4),
+        batchnorm_ext.SyncBatchNorm(4),
+    )
+
+
+BATCH_NORMS = ["1", "2.inner.0", "3", "4", "7", "8", "9"]
+
+
+def _attributes(model):
+    return {name: (type(m), m.__dict__.copy()) for name, m in model.named_modules()}
+
+
+def test_classes_of_a_tree_and_back():
+    model = _tree()
+    before = _attributes(model)
+    keys = list(model.state_dict())
+    assert convert_sync_batchnorm(model) is model
+    for name, layer in model.named_modules(remove_duplicate=False):
+        kind = batchnorm_ext.SyncBatchNorm if name in BATCH_NORMS else before[name][0]
+        assert type(layer) is kind, name
+    assert model[1] is model[3] and list(model.state_dict()) == keys
+    assert model[2]["inner"][0].name == "2.inner.0"
+    assert convert_sync_batchnorm(model) is model
+    assert revert(model) is model
+    del before["9"]  # is native now
+    after = _attributes(model)
+    kind, _ = after.pop("9")
+    assert kind is nn.SyncBatchNorm
+    assert after == before
+
+
+def test_objects_stay_the_same():
+    model = _tree()
+    model[1].eval()
+    model[4].half()
+    model[1].weight.requires_grad_(False)
+    model[8].weight = model[8].bias  # tied
+    model[1].register_forward_hook(lambda *_: None)
+
+    def objects():
+        tensors = [*model.named_parameters(remove_duplicate=False)]
+        tensors += [*model.named_buffers(remove_duplicate=False)]
+        everything = tensors + [*model.named_modules(remove_duplicate=False)]
+        facts = [(n, t.dtype, t.device, t.requires_grad) for n, t in tensors]
+        flags = [
+            (n, m.training, len(m._forward_hooks))
+            for n, m in model.named_modules(remove_duplicate=False)
+        ]
+        return [(n, id(o)) for n, o in everything], facts, flags
+
+    before = objects()
+    for change in (convert_sync_batchnorm, convert_sync_batchnorm, revert, convert, revert):
+        change(model)
+        assert objects() == before
+
+
+def test_each_step_is_undone_by_itself():
+    layer = convert_sync_batchnorm(convert(nn.BatchNorm2d(3)))
+    kinds = [type(layer)] + [type(revert(layer)) for _ in range(3)]
+    assert kinds == [
+        batchnorm_ext.SyncBatchNorm,
+        batchnorm_ext.BatchNorm2d,
+        nn.BatchNorm2d,
+        nn.BatchNorm2d,
+    ]
+
+
+def test_process_group_of_native_layers():
+    group, other = object(), object()
+    model = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.BatchNorm1d(3))
+    convert_sync_batchnorm(model)
+    assert model[0].process_group is group and model[1].process_group is None
+    revert(model)
+    assert model[0].process_group is group and not hasattr(model[1], "process_group")
+    convert_sync_batchnorm(model, other)
+    assert model[0].process_group is model[1].process_group is other
+    revert(model)
+    assert model[0].process_group is group
+
+
+@pytest.mark.parametrize("kind", [NormAndActivation, Plain])
+def test_subclass_is_left_alone_and_reported(kind):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(kind(3)))
+    with pytest.warns(UserWarning, match=rf"1\.0 \({kind.__name__}\)"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is batchnorm_ext.SyncBatchNorm and type(model[1][0]) is kind
+
+
+@pytest.mark.parametrize("module", [nn, batchnorm_ext])
+def test_lazy_layer_is_left_alone_until_it_has_seen_an_input(module):
+    model = nn.Sequential(module.LazyBatchNorm1d())
+    with pytest.warns(UserWarning, match="0 .LazyBatchNorm1d"):
+        convert_sync_batchnorm(model)
+    model(torch.randn(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is batchnorm_ext.SyncBatchNorm
+
+
+def test_parametrized_layer():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    x = torch.randn(4, 3)
+    expected = copy.deepcopy(model)(x)
+    convert_sync_batchnorm(model)
+    assert isinstance(model[0], batchnorm_ext.SyncBatchNorm)
+    # float32 twice through a normalization, with values of order 1
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    revert(model)
+    assert type(model[0]).__base__ is nn.BatchNorm1d
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+def test_copies_and_checkpoints():
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)))
+    twin = copy.deepcopy(model)
+    native = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    native.load_state_dict(twin.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    assert_bitwise("y", twin(x), model(x))
+    assert [type(m) for m in revert(twin)] == [nn.BatchNorm2d, nn.SyncBatchNorm]
+
+
+def test_constructor_is_that_of_torch():
+    for kwargs in (
+        {},
+        {"eps": 0.1, "momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"bias": False},
+        {"dtype": torch.float64, "device": "meta"},
+    ):
+        ours, native = batchnorm_ext.SyncBatchNorm(3, **kwargs), nn.SyncBatchNorm(3, **kwargs)
+        assert repr(ours) == repr(native)
+        a, b = ours.state_dict(), native.state_dict()
+        assert [(n, t.dtype, t.device) for n, t in a.items()] == [
+            (n, t.dtype, t.device) for n, t in b.items()
+        ]
+    positional = (3, 0.1, 0.2, False, False, None)
+    assert repr(batchnorm_ext.SyncBatchNorm(*positional)) == repr(nn.SyncBatchNorm(*positional))
+    assert not isinstance(ours, nn.SyncBatchNorm)
