@@ -15,6 +15,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "../recompute.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
@@ -118,10 +119,14 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& 
     op.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
     op.weight = read_channels<T>(weight);
     op.bias = read_channels<T>(bias);
-    op.running_mean = source == Source::kRunning ? read_channels<T>(running_mean) : write_channels<T>(running_mean);
-    op.running_var = source == Source::kRunning ? read_channels<T>(running_var) : write_channels<T>(running_var);
-    if (num_batches_tracked && source != Source::kRunning)
-      op.num_batches_tracked = write<int64_t>(*num_batches_tracked);
+    if (source == Source::kRunning) {
+      op.running_mean = read_channels<T>(running_mean);
+      op.running_var = read_channels<T>(running_var);
+    } else if (!recomputes_forward()) {
+      op.running_mean = write_channels<T>(running_mean);
+      op.running_var = write_channels<T>(running_var);
+      if (num_batches_tracked) op.num_batches_tracked = write<int64_t>(*num_batches_tracked);
+    }
     op.sums = sums;
     op.stats = write<double>(stats);
     launch(op, request<Forward<T>>(geometry, aligned(x, y), source == Source::kBatch, true));

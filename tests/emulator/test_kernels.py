@@ -86,7 +86,8 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "total": draw([-1, -1, 1] if outer * inner else [0, 1, 50]),
             "plan": f"policy={policy},{options}",
             "sms": draw([2, 4]),
-            "shared": 640 << 10 if policy == "block" else 128 << 10,  # a block keeps any group
+            # a block keeps any group; a grid keeps some of it, if not all
+            "shared": 640 << 10 if policy == "block" else draw([128 << 10, 30 << 10]),
             "cooperative": 1 if policy == "grid" else draw([0, 1]),
             "seed": draw(range(1000)),
         }
@@ -107,6 +108,7 @@ NET = [
         "op=forward outer=5 stats=4 inner=1000 plan=policy=split,ranks=3",
         "op=backward outer=100 stats=40 inner=1 sms=1 plan=policy=grid,ranks=3,width=16,relay=1",
         "op=forward outer=100 stats=40 inner=1 plan=policy=block data=tiny",
+        "op=forward outer=100 stats=40 inner=1 sms=1 shared=30000 plan=policy=grid,ranks=2",
     ]
 ]
 NET_TYPE = "__nv_bfloat16"
@@ -136,6 +138,7 @@ EDITS = [
     (HERE / "emulator.h", "__ATOMIC_ACQ_REL", "__ATOMIC_ACQUIRE", RACE),
     (HERE / "emulator.h", "__ATOMIC_ACQ_REL", "__ATOMIC_RELEASE", RACE),
     (HERE / "emulator.h", "p, __ATOMIC_ACQUIRE", "p, __ATOMIC_RELAXED", RACE),
+    (CSRC / "cuda/norm.cuh", "kept = kKeeps && step < s.kept", "kept = kKeeps", WRONG),
     (CSRC / "cuda/team.cuh", "(ranks - 1)", "(ranks)", MISUSE),
     (CSRC / "cuda/team.cuh", "put(first + i * step, sum)", "put(first + i, sum)", WRONG),
     (CSRC / "cuda/reduce.cuh", "i == 0 ? share : 0", "i == 0 ? share : share", WRONG),
