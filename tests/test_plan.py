@@ -26,18 +26,31 @@ every_gpu = pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 
 @every_gpu
 def test_traffic_is_the_least_where_the_tensor_is_kept(gpu):
-    """Two passes forward and three backward for BLOCK and GRID; SPLIT reads everything again."""
+    """Two passes forward and three backward; of a group larger than the chip some is read again."""
     for request, plan in zip(REQUESTS, plans(REQUESTS, gpu), strict=True):
-        least = LEAST[request.what]
-        again = KERNELS[request.what][0] if plan.policy == "split" else 0
-        assert plan.passes == least + again, (request, plan)
-        assert plan.bytes == plan.passes * plan.elements * request.element_bytes
+        least, inputs = LEAST[request.what], KERNELS[request.what][0]
+        if plan.rule == "group exceeds the chip":
+            assert least < plan.passes < least + inputs, (request, plan)
+        else:
+            assert plan.passes == least, (request, plan)
+        assert plan.bytes == pytest.approx(plan.passes * plan.elements * request.element_bytes)
 
 
 @every_gpu
-def test_every_policy_is_in_the_table(gpu):
-    policies = {plan.policy for plan in plans(REQUESTS, gpu)}
-    assert policies == {"block", "grid", "split", "map"}
+def test_a_larger_group_is_kept_as_far_as_it_goes(gpu):
+    """What is not read again fills at least half of all shared memory."""
+    for request, plan in zip(REQUESTS, plans(REQUESTS, gpu), strict=True):
+        if plan.rule == "group exceeds the chip":
+            inputs = KERNELS[request.what][0]
+            groups = -(-request.shape[1] // plan.width)
+            kept = (LEAST[request.what] + inputs - plan.passes) * plan.elements / groups
+            room = gpu.sms * (gpu.shared_per_sm << 10)
+            assert kept * request.element_bytes > 0.5 * room, (request, plan)
+
+
+@every_gpu
+def test_policies_in_the_table(gpu):
+    assert {plan.policy for plan in plans(REQUESTS, gpu)} == {"block", "grid", "map"}
 
 
 @every_gpu
