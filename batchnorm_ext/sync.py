@@ -1,7 +1,6 @@
 """Batch normalization over all ranks of a process group."""
 
 import itertools
-import json
 import os
 import weakref
 
@@ -36,7 +35,7 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
     Activation checkpointing repeats the forward's message along with the forward, and leaves the
     running statistics alone. ``BATCHNORM_EXT_SYNC_DEBUG=1``, set before the import, compares over
     the store of the group before every message that all ranks are at the same layer, with the same
-    number of channels and dtype, and names layer and ranks where they are not or one does not come;
+    number of channels, and names layer and ranks where they are not or one does not come;
     compiled code is not checked.
 
     Source: Ioffe & Szegedy, *Batch Normalization*, 2015, algorithm 1 over the union of the batches;
@@ -154,21 +153,20 @@ def _check_ranks(layer: SyncBatchNorm, group, direction: str, input: Tensor) -> 
     timeout = group._get_backend(input.device).options._timeout
     store = dist.PrefixStore("batchnorm_ext", group.get_group_store())
     message = f"{direction} of {layer.name} with {input.size(1)} channels"
-    dtype = str(input.dtype) if input.numel() else None  # an empty input has nothing in its dtype
-    store.set(f"{number}/{rank}", json.dumps([message, dtype]))
+    store.set(f"{number}/{rank}", message)
     notes = []
     for other in range(size):
         try:
             store.wait([f"{number}/{other}"], timeout)
         except RuntimeError:
             last = f"{number - 1}/{other}"
-            before = json.loads(store.get(last))[0] if store.check([last]) else "no message yet"
+            before = store.get(last).decode() if store.check([last]) else "no message yet"
             raise RuntimeError(
                 f"SyncBatchNorm {layer.name}: rank {other} has not come within {timeout} to the "
                 f"{message}, where rank {rank} is; it was last at: {before}"
             ) from None
-        notes.append(json.loads(store.get(f"{number}/{other}")))
+        notes.append(store.get(f"{number}/{other}").decode())
     store.delete_key(f"{number - 1}/{rank}")  # every rank that is here has read it
-    if len({m for m, _ in notes}) > 1 or len({d for _, d in notes if d is not None}) > 1:
-        at = "; ".join(f"rank {other}: {m} in {d}" for other, (m, d) in enumerate(notes))
+    if len(set(notes)) > 1:
+        at = "; ".join(f"rank {other}: {note}" for other, note in enumerate(notes))
         raise RuntimeError(f"SyncBatchNorm {layer.name}: the ranks are at different messages: {at}")
