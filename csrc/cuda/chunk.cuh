@@ -3,6 +3,7 @@
 //   steps         packs of this thread
 //   offset(step)  where a pack begins, in elements from the start of the tensor
 //   channel(lane) the channel, counted from `first`, of an element of this thread's packs
+//   entries()     of each channel, of entry_count(i) elements (see reduce.cuh)
 // and for what is summed again in fp64, count() elements of a channel, element(channel, i). A chunk has fewer than 2^30
 // elements, the tensor may have more than 2^32.
 #pragma once
@@ -45,7 +46,12 @@ struct RowChunk {
   __device__ __forceinline__ int channels() const { return 1; }
 
   __device__ __forceinline__ int count() const { return packs * kWidth; }
-  __device__ __forceinline__ int entry_count() const { return count(); }
+  // One for each warp that has packs.
+  __device__ __forceinline__ int entries() const { return packs < kThreads ? (packs + kWarp - 1) / kWarp : kWarps; }
+  __device__ __forceinline__ int entry_count(int warp) const {
+    const int last = packs % kThreads - warp * kWarp;  // of its threads take part in the last step
+    return (packs / kThreads * kWarp + (last < 0 ? 0 : last < kWarp ? last : kWarp)) * kWidth;
+  }
   __device__ __forceinline__ int64_t element(int, int i) const { return offset_of(i / kWidth) + i % kWidth; }
 
   const Shape& s;
@@ -84,7 +90,8 @@ struct ColumnChunk {
   __device__ __forceinline__ int columns() const { return width * static_cast<int>(s.inner.divisor) / kWidth; }
 
   __device__ __forceinline__ int count() const { return rows * static_cast<int>(s.inner.divisor); }
-  __device__ __forceinline__ int entry_count() const { return rows; }
+  __device__ __forceinline__ int entries() const { return s.inner.divisor; }
+  __device__ __forceinline__ int entry_count(int) const { return rows; }
   __device__ __forceinline__ int64_t element(int channel, int i) const {
     const int row = static_cast<int>(divide(s.inner, i)), run = static_cast<int>(s.inner.divisor);
     return base + row * s.stride + (channel - row) * run + i;

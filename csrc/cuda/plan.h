@@ -55,9 +55,6 @@ struct Plan {
   const char* rule;
   Launch first, second;  // the second for kSplit alone
 
-  // Passes over the tensor that load, of a request with so many inputs.
-  int loads(int inputs) const { return policy == Policy::kSplit ? 2 * inputs : inputs; }
-
   Scratch scratch() const {
     const Shape& s = first.shape;
     const int64_t teams = s.ranks > 1 ? s.teams : 0, pair = 2 * sizeof(double);
@@ -220,10 +217,11 @@ class Planner {
     l.origins = place(request_.reduces ? 8 * shape_.width : 0);
     l.coefficients = place(request_.coefficients * acc * shape_.width);
     if (request_.reduces) {
-      l.centre = place(acc * (row() ? 1 : lanes));
-      l.sums = place(2 * acc * (row() ? kWarps : kThreads * pass));
+      const int64_t entries = row() ? kWarps : lanes;
+      l.sums = place(row() ? 0 : 2 * acc * kThreads * pass);
       l.parts = place(row() ? 0 : 2 * acc * std::max<int64_t>(kThreads, shape_.columns.divisor * pass));
-      l.entries = place(row() ? 0 : 2 * acc * lanes);
+      l.entries = place(2 * acc * entries);
+      l.centre = place(acc * entries);
       l.flag = place(sizeof(int));
     }
     l.kept = place(0);

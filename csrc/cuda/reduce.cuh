@@ -1,7 +1,9 @@
 // From the packs of a thread to the sums of a block: lanes of threads, pairs per entry, fp64 per channel. The order of
 // every sum is fixed by the plan.
 //
-// An entry is a set of elements of one channel: of a warp in a row, of an element's column in a column.
+// An entry is a set of elements of one channel: of a warp in a row, of an element's column in a column. Its sums are
+// about a centre of its own, near its mean: fp32 keeps of a variance about a centre z standard deviations away 1 + z^2
+// times less, and a single thread may have begun with an outlier.
 #pragma once
 
 #include "chunk.cuh"
@@ -57,23 +59,33 @@ __device__ __forceinline__ double2 resum(const Chunk& chunk, const T* x, int cha
   return {warp_sum(sum.x), warp_sum(sum.y)};
 }
 
-// Entries of a row: one per warp, all about the centre of the first thread.
-template <typename A, typename Lanes, int kWidth>
+// Entries of a row: one per warp, about the mean of its threads' centres.
+template <typename Op, typename Lanes, int kWidth>
 __device__ __forceinline__ void gather(const Shape& s, const RowChunk<kWidth>& chunk, const Lanes& lanes) {
-  A* const centre = shared_at<A>(s.layout.centre);
-  if (threadIdx.x == 0) *centre = lanes.k[0];
-  __syncthreads();
-  const Pair<A> pair = lanes.about(0, chunk.steps * kWidth, *centre);
+  using A = typename Op::A;
+  const int warp = threadIdx.x / kWarp;
+  A centre = 0;
+  if constexpr (Op::kMoments) {
+    const int active = __popc(__ballot_sync(kFullMask, chunk.steps > 0));  // the first ones of the warp
+    const A first = __shfl_sync(kFullMask, lanes.k[0], 0);
+    centre = first + warp_sum(chunk.steps > 0 ? lanes.k[0] - first : 0) / static_cast<A>(active > 0 ? active : 1);
+  }
+  const Pair<A> pair = lanes.about(0, chunk.steps * kWidth, centre);
   const Pair<A> sum{warp_sum(pair.a), warp_sum(pair.b)};
-  if (threadIdx.x % kWarp == 0) shared_at<Pair<A>>(s.layout.sums)[threadIdx.x / kWarp] = sum;
+  if (threadIdx.x % kWarp == 0) {
+    shared_at<A>(s.layout.centre)[warp] = centre;
+    shared_at<Pair<A>>(s.layout.entries)[warp] = sum;
+  }
   __syncthreads();
 }
 
-// Entries of a column: one per element of the group's row, each about the centre of the first thread of that column.
-// A few lanes of all threads at a time pass through shared memory.
-template <typename A, typename Lanes, int kWidth>
+// Entries of a column: one per element of the group's row, about the mean of the centres of some threads of that
+// column. A few lanes of all threads at a time pass through shared memory.
+template <typename Op, typename Lanes, int kWidth>
 __device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>& chunk, const Lanes& lanes) {
+  using A = typename Op::A;
   constexpr int kPass = kWidth < kPassLanes ? kWidth : kPassLanes;
+  static_assert(kWidth <= 2 * kPass, "the centres of all threads have room where their sums will be");
   A* const centre = shared_at<A>(s.layout.centre);
   Pair<A>* const sums = shared_at<Pair<A>>(s.layout.sums);
   Pair<A>* const parts = shared_at<Pair<A>>(s.layout.parts);
@@ -84,10 +96,22 @@ __device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>
                        : s.rows_at_once.divisor;  // that have summed something
   const int used = chunk.columns() * kPass;       // of the outputs: the last group may be narrower
   const bool active = chunk.steps > 0;
-  if (active && chunk.lane_row == 0)
+  if constexpr (Op::kMoments) {
+    A* const centres = shared_at<A>(s.layout.sums);  // of threads, before their sums
+    const int width = s.columns.divisor * kWidth, some = rows < kCentreRows ? rows : kCentreRows;
+    if (active && chunk.lane_row < some)
 #pragma unroll
-    for (int l = 0; l < kWidth; ++l) centre[first + l] = lanes.k[l];
-  __syncthreads();
+      for (int l = 0; l < kWidth; ++l) centres[chunk.lane_row * width + first + l] = lanes.k[l];
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < chunk.columns() * kWidth; i += kThreads) {
+      A away = 0;
+#pragma unroll 4
+      for (int row = 1; row < some; ++row) away += centres[row * width + i] - centres[i];
+      centre[i] = centres[i] + away / static_cast<A>(some);
+    }
+    __syncthreads();
+  }
 #pragma unroll
   for (int pass = 0; pass < kWidth; pass += kPass) {
     if (active)
@@ -128,19 +152,17 @@ __device__ __forceinline__ void gather(const Shape& s, const ColumnChunk<kWidth>
 template <typename Op, typename Chunk, typename Lanes>
 __device__ __forceinline__ void sum_block(const Shape& s, const Op& op, const Chunk& chunk, const Lanes& lanes) {
   using A = typename Op::A;
-  gather<A>(s, chunk, lanes);
+  gather<Op>(s, chunk, lanes);
   const A* const centre = shared_at<A>(s.layout.centre);
   const double* const origins = shared_at<double>(s.layout.origins);
-  const Pair<A>* const entries = shared_at<Pair<A>>(Chunk::kRow ? s.layout.sums : s.layout.entries);
+  const Pair<A>* const entries = shared_at<Pair<A>>(s.layout.entries);
   double2* const totals = shared_at<double2>(s.layout.totals);
-  const int count = Chunk::kRow ? kWarps : static_cast<int>(s.inner.divisor);
-  const double most = chunk.count(), share = chunk.entry_count();
+  const int count = chunk.entries();
+  const double most = chunk.count();
   const auto get = [&](int channel, int i) {
     const int at = channel * count + i;
-    // The entries of a row share one centre, so the first of them may stand for the elements of all.
-    const double n = !Chunk::kRow || i == 0 ? share : 0;
-    const double e = static_cast<double>(centre[Chunk::kRow ? 0 : at]) - origins[channel];
-    return Lanes::about_origin(entries[at], n, most, e);
+    const double e = Op::kMoments ? static_cast<double>(centre[at]) - origins[channel] : 0;
+    return Lanes::about_origin(entries[at], chunk.entry_count(i), most, e);
   };
   const auto put = [&](int channel, double2 sum, bool writes) {
     if constexpr (Op::kMoments) {

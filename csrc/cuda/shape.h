@@ -20,6 +20,7 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLoads = 4;               // packs that a thread loads at once: 64 bytes, which hide the latency of memory
 constexpr int kPassLanes = 4;           // lanes of a pack that a column reduction sums at a time
+constexpr int kCentreRows = 16;         // of threads in a column whose centres are averaged
 constexpr int64_t kCounterBytes = 128;  // a cache line for each counter that blocks wait on
 
 // Exact quotients of numbers below 2^31 by multiplication (Granlund & Montgomery 1994, "Division by invariant integers
@@ -39,10 +40,10 @@ struct Layout {
   int32_t totals;        // double2 [width]: sums of the group
   int32_t origins;       // double [width]: what they are about
   int32_t coefficients;  // [coefficients, width]: of the map
-  int32_t centre;        // row: [1]; column: [columns * pack]
-  int32_t sums;          // row: pairs [warps]; column: pairs [threads, pass]
+  int32_t sums;          // column: pairs [threads, pass]
   int32_t parts;         // column: pairs [max(threads, columns * pass)]
-  int32_t entries;       // column: pairs [columns * pack]
+  int32_t entries;       // pairs; row: [warps], column: [columns * pack]
+  int32_t centre;        // of each of them
   int32_t flag;          // int
   int32_t kept;          // packs [kept, inputs, threads]: what the block keeps of the tensor
 };

@@ -95,6 +95,7 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1; }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 
 // As documented for the GPU, a divisor beyond 2^126 makes the quotient zero.

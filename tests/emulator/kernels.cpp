@@ -220,12 +220,9 @@ class Test {
     for (int64_t i = 0; i < counters_->size(); ++i) check("counters", i, (*counters_)[i] & 0x7fffffffu, 0, 0);
   }
 
-  // Of the elements of each channel. A block sums in A, about a centre k; the rest is fp64, about the first element x0.
-  // In units of std, squares of it for the variance:
-  //   A      sqrt(1 + (k - mean)^2), and squared. k is the mean of what the first thread has read first. Where that is
-  //          an outlier it is one of m, in a block of no more than m * kThreads elements: (k - mean)^2 <= kThreads.
-  //          Otherwise k is about as far from the mean as x0.
-  //   fp64   sqrt(1 + (x0 - mean)^2), and squared; and the mean itself.
+  // Of the elements of each channel. In units of std, squares of it for the variance:
+  //   A      1, since each entry of a block is summed about a centre near its mean
+  //   fp64   sqrt(1 + (x0 - mean)^2), and squared, since blocks are merged about the first element x0; and the mean
   std::vector<Statistics> of_batch() const {
     std::vector<Exact> mean = sums([&](int64_t i) { return widen(x_[i]); });
     for (Exact& value : mean) value /= n_;
@@ -234,9 +231,9 @@ class Test {
     return per_channel([&](int64_t c) {
       Statistics s = statistics(mean[c], m2[c] / n_);
       const Exact first = n_ > 0 ? (widen(x_[c * g_.inner]) - s.mean) / s.std : 0;
-      const Exact merged = 1 + first * first, summed = std::min<Exact>(merged, 1 + kThreads);
-      s.mean_error = walk_ * (kUnit * std::sqrt(summed) + kMergeUnit * (std::sqrt(merged) + std::fabs(s.mean) / s.std));
-      s.var_error = walk_ * (kUnit * summed + kMergeUnit * merged);
+      const Exact merged = 1 + first * first;
+      s.mean_error = walk_ * (kUnit + kMergeUnit * (std::sqrt(merged) + std::fabs(s.mean) / s.std));
+      s.var_error = walk_ * (kUnit + kMergeUnit * merged);
       return s;
     });
   }

@@ -109,6 +109,9 @@ NET = [
         "op=backward outer=100 stats=40 inner=1 sms=1 plan=policy=grid,ranks=3,width=16,relay=1",
         "op=forward outer=100 stats=40 inner=1 plan=policy=block data=tiny",
         "op=forward outer=100 stats=40 inner=1 sms=1 shared=30000 plan=policy=grid,ranks=2",
+        # what the first thread has seen is no centre for the others: in a row, in a column
+        "op=forward outer=2 stats=40 inner=67 data=outlier plan=policy=block",
+        "op=forward outer=60 stats=64 inner=1 data=outlier plan=policy=block,width=8",
     ]
 ]
 NET_TYPE = "__nv_bfloat16"
@@ -141,7 +144,9 @@ EDITS = [
     (CSRC / "cuda/norm.cuh", "kept = kKeeps && step < s.kept", "kept = kKeeps", WRONG),
     (CSRC / "cuda/team.cuh", "(ranks - 1)", "(ranks)", MISUSE),
     (CSRC / "cuda/team.cuh", "put(first + i * step, sum)", "put(first + i, sum)", WRONG),
-    (CSRC / "cuda/reduce.cuh", "i == 0 ? share : 0", "i == 0 ? share : share", WRONG),
+    (CSRC / "cuda/reduce.cuh", "first + warp_sum(", "first + 0 * warp_sum(", WRONG),
+    (CSRC / "cuda/reduce.cuh", "< kCentreRows ? rows : kCentreRows", "< 1 ? rows : 1", WRONG),
+    (CSRC / "cuda/chunk.cuh", "last < kWarp ? last : kWarp", "kWarp", WRONG),
     (CSRC / "cuda/lanes.cuh", "s2 < most * 1e-30", "s2 < 0", WRONG),
 ]
 
