@@ -5,11 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from emulator.harness import MODES, unsupported
 from ranks import Ranks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="device that the tests run on (cpu, cuda)")
+    parser.addoption(
+        "--require-sanitizers",
+        action="store_true",
+        help="an error, not skipped tests, where the compiler lacks a sanitizer of the emulator's",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # Convolutions around the layers: in full float32, and the same algorithm every time.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
+    if config.getoption("--require-sanitizers"):
+        if reasons := [reason for mode in MODES if (reason := unsupported(mode))]:
+            raise pytest.UsageError("\n".join(reasons))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

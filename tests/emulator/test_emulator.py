@@ -111,10 +111,9 @@ def test_race(selftest, mode, case):
         assert_names_line(result.err, RACES[case])
 
 
+@pytest.mark.parametrize("mode", ["address"], indirect=True)
 @pytest.mark.parametrize("case", MEMORY_ERRORS)
-def test_memory_error(selftest, mode, case):
-    if mode != "address":
-        pytest.skip("found in the address mode only")
+def test_memory_error(selftest, case):
     result = selftest(case)
     assert result.code == MEMORY and MEMORY_ERRORS[case] in result.err, result
 
