@@ -157,15 +157,7 @@ def show_config() -> str:
 
 @torch.library.register_fake("batchnorm_ext::batch_norm")
 def _(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
-    _check_devices(
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-    )
-    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    return _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked)
 
 
 @torch.library.register_fake("batchnorm_ext::batch_norm_backward")
@@ -189,16 +181,8 @@ def _(x):
 
 @torch.library.register_fake("batchnorm_ext::apply")
 def _(x, weight, bias, running_mean, running_var, num_batches_tracked, sums, momentum, eps):
-    _check_devices(
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-        sums=sums,
-    )
-    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
+    _check_devices(x, sums=sums)
+    return _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked)
 
 
 @torch.library.register_fake("batchnorm_ext::grad_moments")
@@ -211,6 +195,18 @@ def _(dy, x, stats):
 def _(dy, x, weight, stats, grad_sums, count):
     _check_devices(x, dy=dy, weight=weight, stats=stats, grad_sums=grad_sums, count=count)
     return torch.empty_like(x)
+
+
+def _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked):
+    _check_devices(
+        x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+    )
+    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
