@@ -12,31 +12,19 @@ ops = torch.ops.batchnorm_ext
 MOMENTUM, EPS = 0.1, 1e-5
 
 
-class GatherStatistics(torch.autograd.Function):
-    """torch.nn.SyncBatchNorm's algorithm, which refuses CPU tensors, around the same local kernels.
+class Synchronized(torch.autograd.Function):
+    """Our local kernels around a peer's messages.
 
-    Forward: all_gather of [mean, invstd, count] in the dtype of the statistics, ranks without
-    elements masked out, then the merge; backward: all_reduce of 2 C sums.
+    ``exchange(sums, group)`` and ``exchange_back(sums, group)`` make those of all ranks of the sums
+    of this rank, which they may overwrite.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, group):
-        channels, ranks = x.shape[1], group.size()
-        mean, square, count = ops.moments(x).split([channels, channels, 1])
-        mean = mean / count
-        invstd = (square / count - mean.square() + EPS).rsqrt()
-        combined = torch.cat([mean, invstd, count]).float()
-        gathered = [torch.empty_like(combined) for _ in range(ranks)]
-        dist.all_gather(gathered, combined, group=group)
-        means, invstds, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
-        mask = counts.squeeze(-1) >= 1
-        means, invstds, counts = means[mask].double(), invstds[mask].double(), counts[mask].double()
-        # merged in the form that the local kernel takes
-        squares = invstds.pow(-2) - EPS + means.square()
-        sums = torch.cat([torch.cat([means, squares], 1).mul(counts).sum(0), counts.sum(0)])
+    def forward(ctx, x, weight, bias, running_mean, running_var, group, exchange, exchange_back):
+        sums = exchange(ops.moments(x), group)
         y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
         ctx.save_for_backward(x, weight, stats, sums[-1:])
-        ctx.group = group
+        ctx.group, ctx.exchange_back = group, exchange_back
         return y
 
     @staticmethod
@@ -45,36 +33,40 @@ class GatherStatistics(torch.autograd.Function):
         x, weight, stats, count = ctx.saved_tensors
         local = ops.grad_moments(dy, x, stats)
         dbias, dweight = local.float().chunk(2)
-        combined = torch.cat([dbias, dweight])
-        dist.all_reduce(combined, group=ctx.group)
-        dx = ops.grad_apply(dy, x, weight, stats, combined.double(), count)
-        return dx, dweight, dbias, None, None, None
+        dx = ops.grad_apply(dy, x, weight, stats, ctx.exchange_back(local, ctx.group), count)
+        return dx, dweight, dbias, *[None] * 5
 
 
-class TwoMessages(torch.autograd.Function):
+def gather_statistics(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Forward in torch.nn.SyncBatchNorm, which refuses CPU tensors: all_gather of [mean, invstd,
+    count] in the dtype of the statistics, ranks without elements masked out, then the merge."""
+    channels = sums.numel() // 2
+    mean, square, count = sums.split([channels, channels, 1])
+    mean = mean / count
+    invstd = (square / count - mean.square() + EPS).rsqrt()
+    combined = torch.cat([mean, invstd, count]).float()
+    gathered = [torch.empty_like(combined) for _ in range(group.size())]
+    dist.all_gather(gathered, combined, group=group)
+    means, invstds, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
+    mask = counts.squeeze(-1) >= 1
+    means, invstds, counts = means[mask].double(), invstds[mask].double(), counts[mask].double()
+    # merged in the form that the local kernel takes
+    squares = invstds.pow(-2) - EPS + means.square()
+    return torch.cat([torch.cat([means, squares], 1).mul(counts).sum(0), counts.sum(0)])
+
+
+def add_in_float32(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Backward in torch.nn.SyncBatchNorm: one all_reduce of 2 C sums."""
+    total = sums.float()
+    dist.all_reduce(total, group=group)
+    return total.double()
+
+
+def add_each_moment(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The same sums as ours, each moment in a message of its own."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, group):
-        sums = ops.moments(x)
-        first, second = sums.split([x.shape[1], x.shape[1] + 1])
-        dist.all_reduce(first, group=group)
-        dist.all_reduce(second, group=group)
-        y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
-        ctx.save_for_backward(x, weight, stats, sums[-1:])
-        ctx.group = group
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, stats, count = ctx.saved_tensors
-        sums = ops.grad_moments(dy, x, stats)
-        dbias, dweight = sums.float().chunk(2)
-        for part in sums.chunk(2):
-            dist.all_reduce(part, group=ctx.group)
-        dx = ops.grad_apply(dy, x, weight, stats, sums, count)
-        return dx, dweight, dbias, None, None, None
+    for part in sums.chunk(2):
+        dist.all_reduce(part, group=group)
+    return sums
 
 
 class AllReduce(torch.autograd.Function):
@@ -109,7 +101,7 @@ def plain_torch(
 
 
 PEERS = {
-    "native's algorithm": GatherStatistics.apply,
-    "two all-reduces": TwoMessages.apply,
+    "native's algorithm": lambda *a: Synchronized.apply(*a, gather_statistics, add_in_float32),
+    "two all-reduces": lambda *a: Synchronized.apply(*a, add_each_moment, add_each_moment),
     "plain torch": plain_torch,
 }

@@ -46,6 +46,16 @@ def _tree():
     )
 
 
+def objects(model):
+    """Which objects a model is made of, with the facts and flags that a conversion leaves alone."""
+    modules = [*model.named_modules(remove_duplicate=False)]
+    tensors = [*model.named_parameters(remove_duplicate=False)]
+    tensors += [*model.named_buffers(remove_duplicate=False)]
+    facts = [(n, t.dtype, t.device, t.requires_grad) for n, t in tensors]
+    flags = [(n, m.training, len(m._forward_hooks)) for n, m in modules]
+    return [(n, id(o)) for n, o in tensors + modules], facts, flags
+
+
 def _classes(model):
     return {name: type(m) for name, m in model.named_modules(remove_duplicate=False)}
 
@@ -75,18 +85,10 @@ def test_objects_stay_the_same():
     model[1].weight.requires_grad_(False)
     model[4].weight = model[4].bias  # tied
 
-    def objects():
-        tensors = [*model.named_parameters(remove_duplicate=False)]
-        tensors += [*model.named_buffers(remove_duplicate=False)]
-        everything = tensors + [*model.named_modules(remove_duplicate=False)]
-        facts = [(n, t.dtype, t.device, t.requires_grad) for n, t in tensors]
-        flags = [(n, m.training) for n, m in model.named_modules(remove_duplicate=False)]
-        return [(n, id(o)) for n, o in everything], facts, flags
-
-    before, keys = objects(), list(model.state_dict())
+    before, keys = objects(model), list(model.state_dict())
     for change in (convert, convert, revert, revert):
         change(model)
-        assert objects() == before and list(model.state_dict()) == keys
+        assert objects(model) == before and list(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])

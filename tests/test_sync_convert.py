@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 import batchnorm_ext
 from batchnorm_ext import convert, convert_sync_batchnorm, revert
 from support import assert_bitwise
-from test_convert import Doubled, NormAndActivation, Plain
+from test_convert import Doubled, NormAndActivation, Plain, objects
 
 
 def _tree():
@@ -64,21 +64,10 @@ def test_objects_stay_the_same():
     model[8].weight = model[8].bias  # tied
     model[1].register_forward_hook(lambda *_: None)
 
-    def objects():
-        tensors = [*model.named_parameters(remove_duplicate=False)]
-        tensors += [*model.named_buffers(remove_duplicate=False)]
-        everything = tensors + [*model.named_modules(remove_duplicate=False)]
-        facts = [(n, t.dtype, t.device, t.requires_grad) for n, t in tensors]
-        flags = [
-            (n, m.training, len(m._forward_hooks))
-            for n, m in model.named_modules(remove_duplicate=False)
-        ]
-        return [(n, id(o)) for n, o in everything], facts, flags
-
-    before = objects()
+    before = objects(model)
     for change in (convert_sync_batchnorm, convert_sync_batchnorm, revert, convert, revert):
         change(model)
-        assert objects() == before
+        assert objects(model) == before
 
 
 def test_each_step_is_undone_by_itself():

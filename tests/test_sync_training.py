@@ -240,54 +240,40 @@ def test_autocast(ranks):
     ranks(2).run(train_autocast)
 
 
-class Gather(torch.autograd.Function):
+class Linear(torch.autograd.Function):
+    """A linear map of what the ranks hold, differentiated to any order by its adjoint."""
+
+    @staticmethod
+    def forward(ctx, value, function, adjoint):
+        ctx.functions = adjoint, function
+        return function(value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Linear.apply(gradient, *ctx.functions), None, None
+
+
+def _scatter(whole):
+    """This rank's part of a whole that is the same on every rank; the adjoint of the next."""
+    return _own(whole).clone()
+
+
+def _gather(part):
     """The whole of what the ranks have parts of, where the whole is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, part):
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, whole):
-        return Scatter.apply(whole)
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
 
 
-class Scatter(torch.autograd.Function):
-    """This rank's part of a whole that is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx, whole):
-        return _own(whole).clone()
-
-    @staticmethod
-    def backward(ctx, part):
-        return Gather.apply(part)
-
-
-class Share(torch.autograd.Function):
+def _share(parameter):
     """A parameter of every rank, whose gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, parameter):
-        return parameter.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Add.apply(gradient)
+    return parameter.clone()
 
 
-class Add(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, summand):
-        total = summand.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Share.apply(gradient)
+def _add(summand):
+    total = summand.clone()
+    dist.all_reduce(total)
+    return total
 
 
 def check_derivatives(affine, order):
@@ -296,9 +282,10 @@ def check_derivatives(affine, order):
     name = dist.group.WORLD.group_name
 
     def normalize(x, *parameters):
-        weight, bias = map(Share.apply, parameters) if affine else (None, None)
-        part = Scatter.apply(x)
-        return Gather.apply(op(part, weight, bias, None, None, None, 0.1, 1e-3, name))
+        shared = [Linear.apply(p, _share, _add) for p in parameters]
+        weight, bias = shared if affine else (None, None)
+        y = op(Linear.apply(x, _scatter, _gather), weight, bias, None, None, None, 0.1, 1e-3, name)
+        return Linear.apply(y, _gather, _scatter)
 
     def gradient(x, *parameters):
         y = normalize(x, *parameters)
