@@ -97,18 +97,21 @@ void probe_launch(const Chip& chip) {
   }
 }
 
-// Four loads under way in each thread, as in the kernels.
+// Four loads under way in each thread, as in the kernels, of those packs that are inside.
+__device__ __forceinline__ void copy_packs(const uint4* source, uint4* target, int64_t stride, const auto& inside) {
+  uint4 values[4];
+#pragma unroll
+  for (int u = 0; u < 4; ++u)
+    if (inside(u)) values[u] = load_streaming(source + u * stride);
+#pragma unroll
+  for (int u = 0; u < 4; ++u)
+    if (inside(u)) store_streaming(target + u * stride, values[u]);
+}
+
 __global__ void __launch_bounds__(kThreads, 8) copy(const uint4* source, uint4* target, int64_t count) {
   const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += 4 * stride) {
-    uint4 values[4];
-#pragma unroll
-    for (int u = 0; u < 4; ++u)
-      if (i + u * stride < count) values[u] = load_streaming(source + i + u * stride);
-#pragma unroll
-    for (int u = 0; u < 4; ++u)
-      if (i + u * stride < count) store_streaming(target + i + u * stride, values[u]);
-  }
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count; i += 4 * stride)
+    copy_packs(source + i, target + i, stride, [&](int u) { return i + u * stride < count; });
 }
 
 void probe_copy(const Chip& chip) {
@@ -146,14 +149,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int row_of_thread = threadIdx.x / width, column = threadIdx.x % width;
   for (int slice = team; slice < kRowPacks / width; slice += teams) {
     for (int row = first + row_of_thread; row < last; row += 4 * rows_at_once) {
-      uint4 values[4];
       const int64_t at = int64_t{row} * kRowPacks + slice * width + column, stride = int64_t{rows_at_once} * kRowPacks;
-#pragma unroll
-      for (int u = 0; u < 4; ++u)
-        if (row + u * rows_at_once < last) values[u] = load_streaming(source + at + u * stride);
-#pragma unroll
-      for (int u = 0; u < 4; ++u)
-        if (row + u * rows_at_once < last) store_streaming(target + at + u * stride, values[u]);
+      copy_packs(source + at, target + at, stride, [&](int u) { return row + u * rows_at_once < last; });
     }
   }
 }
