@@ -125,15 +125,15 @@ def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
     home = Path(found["cuda home"])
     sanitizer = sanitizer_of(found) or "compute-sanitizer"
     tests = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
-    tests.sort(key=lambda name: name != "test_cuda.py")  # what only a GPU can show comes first
+    tests.sort(key=lambda name: "cuda" not in name)  # what only a GPU can show comes first
     unable = {"hypothesis": "test_properties.py", "expecttest": "test_operators.py"}
     left_out = [test for package, test in unable.items() if package in found["missing"]]
-    files = [f"tests/{name}" for name in tests if name not in left_out]
+    graphs = "test_cuda_graphs.py"  # has stages of its own
+    files = [f"tests/{name}" for name in tests if name not in [*left_out, graphs]]
     # A kernel that waits for ever is named after two minutes.
     pytest = [python, "-m", "pytest", "-q", "--device", "cuda", "-p", "no:cacheprovider"]
     pytest += ["-o", "faulthandler_timeout=120"]
     checked, tables = ("pytest", "compute-sanitizer"), ("rich", "tqdm")
-    apart = [f"--deselect=tests/test_cuda.py::{name}" for name in ("test_graph", "test_streams")]
 
     def bench(name: str, *options: str) -> Step:
         command = [python, "benchmarks/bench.py", "--device", "cuda", "--rounds", "7"]
@@ -175,7 +175,7 @@ def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
         Stage(
             "correctness",
             10,
-            [Step([*pytest, "--maxfail=30", *apart, *files])],
+            [Step([*pytest, "--maxfail=30", *files])],
             pytest_summary,
             needs=("pytest",),
         ),
@@ -185,7 +185,7 @@ def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
             Stage(
                 name,
                 2,
-                [Step([*pytest, "tests/test_cuda.py", "-k", f"test_{name}"])],
+                [Step([*pytest, f"tests/{graphs}", "-k", f"test_{name}"])],
                 pytest_summary,
                 needs=("pytest",),
             )

@@ -80,6 +80,13 @@ def set_num_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def plan(request, monkeypatch):
+    """A plan other than that of the rules, which decide where it is not possible."""
+    monkeypatch.setenv("BATCHNORM_EXT_CUDA_PLAN", request.param)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """``ranks(n)``: n processes in a process group, the same ones in every test."""
