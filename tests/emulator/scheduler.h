@@ -6,9 +6,6 @@
 // Whatever runs on a fiber here is therefore hidden from ThreadSanitizer: its accesses are not the kernel's.
 #pragma once
 
-#include <unistd.h>
-
-#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -20,65 +17,18 @@
 #include <vector>
 
 #include "fiber.h"
+#include "grid.h"
+#include "misuse.h"
 #include "sanitizers.h"
-#include "vector_types.h"
-
-inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
 
 namespace emulator {
 
-constexpr unsigned kWarpSize = 32;
-constexpr unsigned kFullMask = 0xffffffffu;
 constexpr std::size_t kSharedAlignment = 128;
-constexpr int kExitCode = 3;  // of a process whose kernel misuses barriers or collectives
-
-struct Launch {
-  dim3 grid = {}, block = {};
-  std::size_t shared_bytes = 0;
-  bool cooperative = false;  // all blocks are resident at once; else a few are, how many is left to chance
-  std::uint64_t seed = 0;
-};
 
 // 0xFF bytes: NaN in every floating-point format.
 inline void poison(void* memory, std::size_t bytes) {
   if (bytes) std::memset(memory, 0xFF, bytes);
 }
-
-struct Thread;
-
-// All `expected` threads have to arrive at the same place of the source before any goes on.
-struct Barrier {
-  const char* name = nullptr;
-  unsigned expected = 0, arrived = 0, exited = 0;
-  unsigned phase = 0;
-  std::uint64_t edges[2] = {};  // their addresses carry the order of the even and the odd phases to ThreadSanitizer
-  Thread* waiting = nullptr;
-  std::source_location site;
-};
-
-struct Warp {
-  Barrier barrier;
-  std::uint64_t values[2][kWarpSize];  // of the even and the odd collectives: the next may begin while some still read
-};
-
-struct Block {
-  uint3 index;
-  Barrier barrier;
-  void* shared = nullptr;
-  std::vector<Warp> warps;
-  std::unique_ptr<Thread[]> threads;
-};
-
-struct Thread {
-  uint3 index;
-  Fiber* fiber = nullptr;
-  Block* block = nullptr;
-  Warp* warp = nullptr;
-  unsigned lane = 0;
-  unsigned collectives = 0;
-  Thread* next_waiting = nullptr;
-};
 
 class Random {
  public:
@@ -96,18 +46,6 @@ class Random {
   std::uint64_t state_;
 };
 
-[[gnu::format(printf, 1, 2), gnu::no_sanitize("thread")]] inline void print_error(const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  std::vfprintf(stderr, format, arguments);
-  va_end(arguments);
-}
-
-[[noreturn]] inline void stop() {
-  std::fflush(nullptr);
-  _exit(kExitCode);  // the other threads stand in the middle of the kernel: nothing can be torn down in order
-}
-
 class Scheduler {
   using Entry = void (*)(void* kernel);
 
@@ -115,7 +53,7 @@ class Scheduler {
   // On the host.
 
   void run(const Launch& launch, Entry entry, void* kernel) {
-    check(launch);
+    check_launch(launch, current_ != nullptr);
     const sanitizers::IgnoreAccesses ignore;
     begin(launch, entry, kernel);
     const std::vector<std::size_t> order = random_order(count(gridDim));
@@ -131,8 +69,6 @@ class Scheduler {
     fibers_.end_launch();
     sanitizers::acquire(&end_edge_);
   }
-
-  std::uint64_t switches() const { return switches_; }
 
   // On a thread of the kernel. Not inlined, or they would be seen by ThreadSanitizer as parts of their callers.
 
@@ -180,42 +116,9 @@ class Scheduler {
     return votes;
   }
 
-  [[noreturn, gnu::format(printf, 3, 4), gnu::no_sanitize("thread")]] void fail(const std::source_location& site,
-                                                                                const char* format, ...) {
-    print_error("%s:%u: error: ", site.file_name(), static_cast<unsigned>(site.line()));
-    va_list arguments;
-    va_start(arguments, format);
-    std::vfprintf(stderr, format, arguments);
-    va_end(arguments);
-    print_error(" [block (%u, %u, %u), thread (%u, %u, %u)]\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
-                threadIdx.y, threadIdx.z);
-    stop();
-  }
-
  private:
   static constexpr std::size_t kMostResident = 4;
   static constexpr std::uint64_t kMostIdle = 100'000, kIdlePerThread = 100;
-  static constexpr int kMostReported = 8;
-
-  static std::size_t count(const dim3& d) { return std::size_t{d.x} * d.y * d.z; }
-  static uint3 position(std::size_t i, const dim3& d) {
-    return {static_cast<unsigned>(i % d.x), static_cast<unsigned>(i / d.x % d.y), static_cast<unsigned>(i / d.x / d.y)};
-  }
-
-  void check(const Launch& launch) const {
-    const dim3 &g = launch.grid, &b = launch.block;
-    const char* problem = nullptr;
-    if (current_) problem = "a launch from a kernel";
-    if (count(g) == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) problem = "a grid that CUDA does not launch";
-    if (count(b) == 0 || count(b) > 1024 || b.z > 64) problem = "a block that CUDA does not launch";
-    if (count(b) % kWarpSize) problem = "a block that does not consist of whole warps";
-    if (launch.shared_bytes > (227 << 10)) problem = "more shared memory than 227 KB";
-    if (!problem) return;
-    print_error("emulator: error: %s: grid (%u, %u, %u), block (%u, %u, %u), shared memory of %zu bytes\n", problem,
-                g.x, g.y, g.z, b.x, b.y, b.z, launch.shared_bytes);
-    stop();
-  }
-
   void begin(const Launch& launch, Entry entry, void* kernel) {
     gridDim = launch.grid;
     blockDim = launch.block;
@@ -287,7 +190,7 @@ class Scheduler {
     leave(self.block->barrier);
     const Barrier& all = self.block->barrier;
     if (all.exited == all.expected)
-      switch_to(*self.fiber, host_, true);
+      switch_fiber(*self.fiber, host_, true);
     else
       resume(*self.fiber, *pick(), true);
     std::abort();
@@ -344,17 +247,12 @@ class Scheduler {
     current_ = &thread;
     threadIdx = thread.index;
     blockIdx = thread.block->index;
-    switch_to(from, *thread.fiber, finished);
-  }
-
-  [[gnu::no_sanitize("thread")]] void switch_to(Fiber& from, Fiber& to, bool finished) {
-    ++switches_;
-    switch_fiber(from, to, finished);
+    switch_fiber(from, *thread.fiber, finished);
   }
 
   [[noreturn, gnu::no_sanitize("thread")]] void deadlock() {
     print_error("emulator: error: deadlock: no thread can go on\n");
-    report_waiting();
+    report_waiting(resident_);
     stop();
   }
 
@@ -362,29 +260,13 @@ class Scheduler {
     print_error(
         "emulator: error: livelock: %zu thread(s) spin, %llu times without any progress; %zu block(s) resident\n",
         ready_count_, static_cast<unsigned long long>(idle_), resident_.size());
-    report_waiting();
+    report_waiting(resident_);
     stop();
-  }
-
-  void report_waiting() {
-    int reported = 0;
-    for (const auto& block : resident_) {
-      report_waiting(block->index, block->barrier, reported);
-      for (const Warp& warp : block->warps) report_waiting(block->index, warp.barrier, reported);
-    }
-  }
-
-  static void report_waiting(const uint3& block, const Barrier& barrier, int& reported) {
-    if (barrier.arrived == 0 || ++reported > kMostReported) return;
-    print_error("%s:%u: note: %u of %u threads of block (%u, %u, %u) wait at %s\n", barrier.site.file_name(),
-                static_cast<unsigned>(barrier.site.line()), barrier.arrived, barrier.expected, block.x, block.y,
-                block.z, barrier.name);
   }
 
   Entry entry_ = nullptr;
   void* kernel_ = nullptr;
   std::size_t shared_bytes_ = 0;
-  std::uint64_t switches_ = 0;
   std::uint64_t idle_ = 0;  // spins since a thread last got anywhere
   std::uint64_t start_edge_ = 0, end_edge_ = 0;
   Random random_{0};

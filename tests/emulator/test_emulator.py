@@ -33,7 +33,6 @@ RIGHT = [
     "poisoned_memory",
     "collectives",
 ]
-NUMBERS = ["arithmetic", "half", "bfloat16"]
 
 # The first text is where the error is reported: the line of the source that holds it.
 MISUSED = {
@@ -85,9 +84,8 @@ def test_right_kernel(selftest, case):
         assert selftest(case, seed) == Result(0, "", ""), f"seed {seed}"
 
 
-@pytest.mark.parametrize("case", NUMBERS)
-def test_numbers(selftest, case):
-    assert selftest(case) == Result(0, "", "")
+def test_numbers(mode, tmp_path):
+    assert run(build(HERE / "numbers.cpp", mode, directory=tmp_path)) == Result(0, "", "")
 
 
 @pytest.mark.parametrize("case", MISUSED)
