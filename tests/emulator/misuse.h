@@ -28,7 +28,7 @@ constexpr int kMostReported = 8;  // barriers
   _exit(kExitCode);  // the other threads stand in the middle of the kernel: nothing can be torn down in order
 }
 
-[[noreturn, gnu::format(printf, 3, 4), gnu::no_sanitize("thread")]] inline void fail(const std::source_location& site,
+[[noreturn, gnu::format(printf, 2, 3), gnu::no_sanitize("thread")]] inline void fail(const std::source_location& site,
                                                                                      const char* format, ...) {
   print_error("%s:%u: error: ", site.file_name(), static_cast<unsigned>(site.line()));
   va_list arguments;
