@@ -40,8 +40,6 @@ def all_gather(ranks: int, size: int, tree: bool = False) -> tuple[float, float]
     return ceil(log2(ranks)) if tree else ranks - 1, size * (ranks - 1)
 
 
-ALGORITHMS = {"all_reduce": all_reduce, "all_gather": all_gather}
-
 # The messages of one layer and step, with C channels: (algorithm, bytes).
 MESSAGES = {
     "ours": lambda c: [(all_reduce, 8 * (2 * c + 1)), (all_reduce, 8 * 2 * c)],

@@ -54,7 +54,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channel_slice": _channel_slice,
     "expanded": lambda v: v[:1].expand_as(v),
 }
-DENSE = ["contiguous", "channels_last", "channels_first", "reversed", "last_two_swapped", "offset"]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -25,7 +25,6 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
 
 namespace emulator {
 
@@ -65,13 +64,6 @@ T __shfl_sync(unsigned mask, T value, int source, int width = emulator::kWarpSiz
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = emulator::kWarpSize,
-                   std::source_location site = std::source_location::current()) {
-  const unsigned lane = emulator::scheduler.lane(), w = static_cast<unsigned>(width);
-  return emulator::exchange(mask, value, (lane & (w - 1)) + delta < w ? lane + delta : lane, site);
-}
-
-template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = emulator::kWarpSize,
                   std::source_location site = std::source_location::current()) {
   const unsigned lane = emulator::scheduler.lane(), w = static_cast<unsigned>(width);
@@ -88,25 +80,12 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
 }
 
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  __extension__ using Wide = unsigned __int128;
-  return static_cast<unsigned long long>(static_cast<Wide>(a) * b >> 64);
-}
-
-inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1; }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 
-// As documented for the GPU, a divisor beyond 2^126 makes the quotient zero.
-inline float __fdividef(float a, float b) {
-  const float magnitude = std::fabs(b);
-  return magnitude > 0x1p126f && std::isfinite(magnitude) ? a * 0.0f : a / b;
-}
-
-// glibc 2.42 has them.
+// glibc 2.42 has it.
 #if !(defined(__GLIBC__) && __GLIBC_PREREQ(2, 42))
-inline float rsqrtf(float value) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(value))); }
 inline double rsqrt(double value) { return 1.0 / std::sqrt(value); }
 #endif
 

@@ -212,7 +212,7 @@ void global_overrun(std::uint64_t seed) {
 }
 
 void misaligned_vector(std::uint64_t seed) {
-  Buffer<uint4> in(2, make_uint4(1, 2, 3, 4));
+  Buffer<uint4> in(2, uint4{1, 2, 3, 4});
   const auto* shifted = reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned*>(static_cast<uint4*>(in)) + 1);
   Buffer<unsigned> out(1);
   const auto kernel = [](const uint4* in, unsigned* out) {
@@ -242,7 +242,7 @@ void early_exit(std::uint64_t seed) {
 void partial_warp(std::uint64_t seed) {
   const auto kernel = [](int* out) {
     if (threadIdx.x >= 48) return;
-    out[threadIdx.x] = __shfl_down_sync(kFullMask, 1, 1);
+    out[threadIdx.x] = __shfl_xor_sync(kFullMask, 1, 1);
   };
   Buffer<int> out(64);
   launch({.block = 64, .seed = seed}, kernel, static_cast<int*>(out));
@@ -323,10 +323,8 @@ __global__ void call_collectives(unsigned* wrong) {
   holds(__shfl_sync(kFullMask, lane, 3, 8) == (lane & ~7) + 3);
   holds(__shfl_xor_sync(kFullMask, static_cast<short>(lane), 16) == (lane ^ 16));
   holds(__shfl_xor_sync(kFullMask, lane, 8, 8) == (lane < 8 ? lane : (lane ^ 8) < lane ? (lane ^ 8) : lane));
-  holds(__shfl_down_sync(kFullMask, lane, 3u) == (lane + 3 < 32 ? lane + 3 : lane));
-  holds(__shfl_down_sync(kFullMask, lane, 3u, 16) == (lane % 16 + 3 < 16 ? lane + 3 : lane));
-  const float2 pair = __shfl_sync(kFullMask, make_float2(static_cast<float>(lane), -1), 9);
-  holds(pair.x == 9 && pair.y == -1);
+  const uint2 pair = __shfl_sync(kFullMask, uint2{threadIdx.x % 32, 7}, 9);
+  holds(pair.x == 9 && pair.y == 7);
   holds(__ballot_sync(kFullMask, lane % 3 == 0) == 0x49249249u);
 }
 

@@ -38,7 +38,7 @@ RIGHT = [
 MISUSED = {
     "divergent_barrier": ("  __syncthreads();", "divergent __syncthreads"),
     "early_exit": ("__syncthreads();", "exited"),
-    "partial_warp": ("__shfl_down_sync(kFullMask, 1, 1)", "exited"),
+    "partial_warp": ("__shfl_xor_sync(kFullMask, 1, 1)", "exited"),
     "deadlock": ("__syncwarp();", "deadlock: no thread can go on"),
     "grid_barrier_without_residency": ("__syncthreads();", "livelock"),
     "partial_mask": ("__syncwarp(0xffff)", "0x0000ffff"),
