@@ -131,9 +131,14 @@ def test_parametrized_layer():
 
 def test_copies_and_checkpoints():
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
     twin = copy.deepcopy(model)
     native = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
     native.load_state_dict(twin.state_dict())
+    for name, value in model.state_dict().items():
+        assert_bitwise(name, native.state_dict()[name], value)
     x = torch.randn(2, 3, 4, 4)
     assert_bitwise("y", twin(x), model(x))
     assert [type(m) for m in revert(twin)] == [nn.BatchNorm2d, nn.SyncBatchNorm]
