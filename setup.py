@@ -45,7 +45,7 @@ NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would
-# choose is loaded.
+# choose is loaded, or the last where there are instructions for bfloat16.
 INSTRUCTION_SETS = {"default": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"]
@@ -53,6 +53,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
         *("-mprefer-vector-width=512", "-DCPU_CAPABILITY_AVX512"),
     ]
+    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 
 def sources(pattern: str) -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import os
 import re
 
 import torch
@@ -37,8 +38,12 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
         )
     from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
 
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    for name in (capability, "default"):
+    names = [torch.backends.cpu.get_cpu_capability().lower(), "default"]
+    # The environment may ask for less, and then gets exactly what it names.
+    if names[0] == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:
+        if torch.cpu.get_capabilities().get("avx512_bf16"):
+            names.insert(0, "avx512_bf16")
+    for name in names:
         spec = importlib.util.find_spec(f"batchnorm_ext._cpu_{name}")
         if spec is not None:
             torch.ops.load_library(spec.origin)

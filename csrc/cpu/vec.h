@@ -66,6 +66,17 @@ inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
   });
 }
 
+// Two vectors as one of a narrower type. The instruction for it takes subnormal numbers for zero, as those of matrix
+// multiplication on the same processors do.
+template <typename T>
+inline Vec<T> narrow_pair(const Vec<float>& low, const Vec<float>& high) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    return Vec<T>(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+#endif
+  return at::vec::convert_from_float<T>(low, high);
+}
+
 // Narrows a block and calls put(vector of T, index of its first element) for each vector of it.
 template <typename T, int V, typename Put>
 inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
@@ -73,7 +84,7 @@ inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
     if constexpr (kParts<T> == 1)
       put(block.v[q], q * Vec<T>::size());
     else
-      put(at::vec::convert_from_float<T>(block.v[q], block.v[q + 1]), q / kParts<T> * Vec<T>::size());
+      put(narrow_pair<T>(block.v[q], block.v[q + 1]), q / kParts<T> * Vec<T>::size());
   }
 }
 
