@@ -1,8 +1,9 @@
-// Large outputs are used again. The C library gives blocks from 32 MB on back to the system as soon as they are freed,
-// and the system hands them out anew in zeroed pages of 4 KB, one fault at a time, which costs several times the
-// normalization itself. A training step frees what the next one asks for, so such blocks wait here in between; what
-// waits the system may take whenever it runs short (MADV_FREE), and blocks never add up to more than the outputs once
-// did at the same time. Smaller ones the C library keeps by itself, and shares what is still in the cache among all.
+// Large outputs are used again. The C library gives large blocks back to the system when they are freed (glibc: all
+// from 32 MB on, and smaller ones at the top of its heap), and the system hands them out anew in zeroed pages of 4 KB,
+// one fault at a time, which costs several times the normalization itself. A training step frees what the next one asks
+// for, so such blocks wait here in between. The system may take what waits whenever it runs short (MADV_FREE), and
+// blocks never add up to more than the outputs once did at the same time. Small outputs come from the C library, which
+// shares what is still in the cache among all.
 #include "memory.h"
 
 #include <ATen/EmptyTensor.h>
@@ -26,7 +27,7 @@ namespace batchnorm_ext::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kLeast = size_t{32} << 20;  // DEFAULT_MMAP_THRESHOLD_MAX of glibc
+constexpr size_t kLeast = size_t{16} << 20;  // smaller ones are rarely returned
 
 struct Block {
   char* data;
