@@ -139,8 +139,11 @@ class Column {
     const A* source = per_channel + first(block);
     if (s.folded == 1 && g.inner == 1) return source;
     A* to = spread;
-    for (int64_t f = 0; f < s.folded; ++f)
+    if (g.inner == 1)
+      to = std::copy_n(source, width(block), to);
+    else
       for (int64_t c = 0; c < width(block); ++c) to = std::fill_n(to, g.inner, source[c]);
+    for (int64_t f = 1; f < s.folded; ++f) to = std::copy_n(spread, s.columns / s.folded, to);
     return spread;
   }
 
