@@ -9,11 +9,13 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
 
-#if defined(__linux__) && defined(__has_include) && __has_include(<sys/mman.h>)
+#if defined(__linux__)
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -79,14 +81,14 @@ class OutputMemory final : public c10::Allocator {
     {
       const std::lock_guard lock(mutex_);
       // The closest in size, at most a quarter larger; of several, the one given last, which caches may still hold.
-      auto best = idle_.end();
-      for (auto block = idle_.end(); block-- != idle_.begin();)
-        if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
-            (best == idle_.end() || block->bytes < best->bytes))
-          best = block;
-      if (best != idle_.end()) {
-        const Block block = *best;
-        idle_.erase(best);
+      size_t best = idle_.size();
+      for (size_t i = idle_.size(); i-- > 0;)
+        if (idle_[i].bytes >= bytes && idle_[i].bytes <= bytes + bytes / 4 &&
+            (best == idle_.size() || idle_[i].bytes < idle_[best].bytes))
+          best = i;
+      if (best < idle_.size()) {
+        const Block block = idle_[best];
+        idle_.erase(idle_.begin() + static_cast<std::ptrdiff_t>(best));
         idle_bytes_ -= block.bytes;
         used_bytes_ += block.bytes;
         return block;
