@@ -38,12 +38,12 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
         )
     from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
 
-    names = [torch.backends.cpu.get_cpu_capability().lower(), "default"]
+    capability = torch.backends.cpu.get_cpu_capability().lower()
     # The environment may ask for less, and then gets exactly what it names.
-    if names[0] == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:
+    if capability == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:
         if torch.cpu.get_capabilities().get("avx512_bf16"):
-            names.insert(0, "avx512_bf16")
-    for name in names:
+            capability = "avx512_bf16"
+    for name in (capability, "default"):
         spec = importlib.util.find_spec(f"batchnorm_ext._cpu_{name}")
         if spec is not None:
             torch.ops.load_library(spec.origin)

@@ -194,3 +194,20 @@ def test_extreme_values_of_half_precision(device):
         x = torch.tensor([[largest], [-largest], [largest], [-largest]], dtype=dtype, device=device)
         y, _ = batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5)
         assert y.flatten().tolist() == [1, -1, 1, -1]
+
+
+def test_subnormal_results_of_bfloat16_may_be_zero(device):
+    """And nothing else: the processor's instruction to narrow takes subnormal numbers for zero."""
+    least = torch.finfo(torch.bfloat16).smallest_normal
+    x = torch.randn(8, 64, 6, 6, device=device).bfloat16()
+    weight = torch.full((64,), least, device=device)
+    y, _ = batch_norm(x, weight, None, None, None, None, True, 0.1, 1e-5)
+    double = x.double()
+    mean, var = double.mean((0, 2, 3), True), double.var((0, 2, 3), correction=0, keepdim=True)
+    expected = (double - mean) / (var + 1e-5).sqrt() * least
+    normal = expected.abs() > 1.01 * least
+    assert normal.any() and not normal.all()
+    # beyond the smallest normal number: half of the last of 8 bits, twice for what float32 rounds
+    error = (y.double() - expected).abs()
+    assert (error[normal] <= 2**-8 * expected[normal].abs()).all()
+    assert (error[~normal] <= 1.01 * least).all()

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from batchnorm_ext.functional import batch_norm
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only")
+pytestmark = [
+    pytest.mark.only("cpu", reason="on a GPU the memory is PyTorch's"),
+    pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux only"),
+]
 
 MB = 1 << 20
 SIZE = (2, 16, 512, 1024)

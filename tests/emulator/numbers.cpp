@@ -14,6 +14,7 @@ namespace {
 void arithmetic() {
   expect(__umulhi(0xffffffffu, 0xffffffffu) == 0xfffffffeu);
   expect(__ffs(0) == 0 && __ffs(1) == 1 && __ffs(0x50) == 5 && __ffs(INT_MIN) == 32);
+  expect(__popc(0) == 0 && __popc(0xffffffffu) == 32 && __popc(0x50) == 2);
   expect(rsqrt(16.0) == 0.25);
   expect(__uint_as_float(0x3f800000u) == 1.0f);
   expect(alignof(uint2) == 8 && alignof(uint3) == 4 && alignof(uint4) == 16 && alignof(double2) == 16);
