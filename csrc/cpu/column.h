@@ -52,24 +52,26 @@ class Column {
     const T* row = x + s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, row += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
-      for (int64_t j = 0; j < whole; ++j) lanes[j].add(row + j * L, stride(), tile);
+      for (int64_t j = 0; j < whole; ++j) {
+        prefetch(row + kFirstTile * stride() + j * L);
+        lanes[j].add(row + j * L, stride(), tile);
+      }
       if (rest) lanes[whole].add(row + whole * L, stride(), tile, rest);
     }
     MomentSets<kColumns + L> sets;
     for (int64_t j = 0; j * L < s.columns; ++j) sets.take(j * L, lanes[j], std::min(L, s.columns - j * L));
     const int64_t across = width(block) * g.inner;
     for (int64_t f = 1; f < s.folded; ++f) sets.join(0, f * across, across);
-    for (int64_t c = 0; c < width(block); ++c) {
-      sets.fold(c * g.inner, g.inner);
-      sets.result(c * g.inner, mean[c], m2[c]);
-      const auto for_each = [&](const auto& visit) {
-        for (int64_t r = 0; r < s.rows; ++r)
-          for (int64_t f = 0; f < s.folded; ++f)
-            for (int64_t i = 0; i < g.inner; ++i)
-              visit(static_cast<double>(x[s.offset + r * stride() + f * across + c * g.inner + i]));
-      };
-      mend_range<T>(count(chunk), for_each, mean[c], m2[c]);
-    }
+    const int64_t channels = width(block);
+    if (g.inner > 1)
+      for (int64_t c = 0; c < channels; ++c) sets.fold(c * g.inner, g.inner);
+    sets.results(g.inner, channels, mean, m2);
+    mend_range<T>(count(chunk), channels, mean, m2, [&](int64_t c, const auto& visit) {
+      for (int64_t r = 0; r < s.rows; ++r)
+        for (int64_t f = 0; f < s.folded; ++f)
+          for (int64_t i = 0; i < g.inner; ++i)
+            visit(static_cast<double>(x[s.offset + r * stride() + f * across + c * g.inner + i]));
+    });
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {
@@ -83,7 +85,12 @@ class Column {
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, at += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
-      for (int64_t j = 0; j < whole; ++j) lanes[j].add(dy + at + j * L, x + at + j * L, stride(), tile);
+      for (int64_t j = 0; j < whole; ++j) {
+        const int64_t here = at + j * L, below = here + kFirstTile * stride();
+        prefetch(dy + below);
+        prefetch(x + below);
+        lanes[j].add(dy + here, x + here, stride(), tile);
+      }
       if (rest) lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
     }
     double sums[kColumns + L], dots[kColumns + L];
@@ -132,6 +139,13 @@ class Column {
     const int64_t folded = chunk < full_chunks ? fold : g.outer % fold;
     return {row * stride() + first(block) * g.inner, chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
             width(block) * g.inner * folded, folded};
+  }
+
+  // Asks for a full block of a tile, which may be past the end: to the processor, a few rows of a column and then those
+  // of the next look like no pattern. Not for the nearest cache, where rows a power of two apart crowd each other out.
+  void prefetch(const T* p) const {
+    for (int64_t r = 0; r < kFirstTile; ++r, p += stride())
+      for (int64_t i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
   }
 
   // One value per column of the block, from one per channel.

@@ -15,12 +15,15 @@ constexpr int64_t kTile = 32;
 // Blocks whose mean is the first centre. They are read twice, the second time from the nearest cache.
 constexpr int64_t kFirstTile = 8;
 
+template <typename A>
+inline void clear(LaneArray<A>& lanes) {
+  for (int q = 0; q < kVecs; ++q) lanes.set(q, Vec<A>(0));
+}
+
 // total + partial of each lane; `totals` is not read before the first flush into it.
 template <typename A>
-inline void flush(const Block<A>& partial, const double* totals, bool first, double* out) {
-  alignas(64) A lanes[kLanes<A>];
-  spill(partial, lanes);
-  for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? lanes[l] : totals[l] + lanes[l];
+inline void flush(const LaneArray<A>& partial, const double* totals, bool first, double* out) {
+  for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? partial.values[l] : totals[l] + partial.values[l];
 }
 
 // Bodies of inner loops are inlined on demand: what a compiler decides by itself depends on who else calls them.
@@ -45,7 +48,7 @@ inline void for_each_part(int64_t lanes, const Body& body) {
 // which holds for any kn, so neither the division nor its rounding needs care. No cancellation, whatever mean / std is.
 template <typename A>
 struct LaneMoments {
-  Block<A> k, s1, s2;
+  LaneArray<A> k, s1, s2;
   double m2[kLanes<A>];
   int64_t n = 0, next_tile = kTile;
 
@@ -58,9 +61,9 @@ struct LaneMoments {
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sum[V], squares[V];
         for (int q = 0; q < V; ++q) {
-          centre[q] = k.v[first + q];
-          sum[q] = s1.v[first + q];
-          squares[q] = s2.v[first + q];
+          centre[q] = k[first + q];
+          sum[q] = s1[first + q];
+          squares[q] = s2[first + q];
         }
         for (int64_t i = 0; i < tile; ++i) {
           const Block<A, V> x = load(p + i * stride);
@@ -71,8 +74,8 @@ struct LaneMoments {
           }
         }
         for (int q = 0; q < V; ++q) {
-          s1.v[first + q] = sum[q];
-          s2.v[first + q] = squares[q];
+          s1.set(first + q, sum[q]);
+          s2.set(first + q, squares[q]);
         }
       });
       p += tile * stride;
@@ -88,9 +91,9 @@ struct LaneMoments {
   // The first element alone is a poor centre where there are few elements.
   template <typename T>
   void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
-    for (int q = 0; q < kVecs; ++q) k.v[q] = s1.v[q] = s2.v[q] = Vec<A>(0);
+    clear(k), clear(s1), clear(s2);
     const Vec<A> inverse(A(1) / static_cast<A>(blocks));
-    for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) {
+    for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
       const Block<A, V> x = load(p);
       Vec<A> sum[V];
       for (int q = 0; q < V; ++q) sum[q] = Vec<A>(0);
@@ -98,21 +101,22 @@ struct LaneMoments {
         const Block<A, V> v = load(p + i * stride);
         for (int q = 0; q < V; ++q) sum[q] = sum[q] + (v.v[q] - x.v[q]);
       }
-      for (int q = 0; q < V; ++q) k.v[first + q] = at::vec::fmadd(sum[q], inverse, x.v[q]);
+      for (int q = 0; q < V; ++q) k.set(first + q, at::vec::fmadd(sum[q], inverse, x.v[q]));
     });
   }
 
   void recentre() {
     const Vec<A> count(static_cast<A>(n)), inverse(A(1) / static_cast<A>(n)), two(2);
     for (int q = 0; q < kVecs; ++q) {
-      const Vec<A> moved = at::vec::fmadd(s1.v[q], inverse, k.v[q]);
-      const Vec<A> step = moved - k.v[q];
-      s2.v[q] = s2.v[q] - step * (two * s1.v[q] - count * step);
-      s1.v[q] = s1.v[q] - count * step;
-      k.v[q] = moved;
+      const Vec<A> centre = k[q], sum = s1[q];
+      const Vec<A> moved = at::vec::fmadd(sum, inverse, centre);
+      const Vec<A> step = moved - centre;
+      s2.set(q, s2[q] - step * (two * sum - count * step));
+      s1.set(q, sum - count * step);
+      k.set(q, moved);
     }
     flush(s2, m2, first_tile(), m2);
-    for (int q = 0; q < kVecs; ++q) s2.v[q] = Vec<A>(0);
+    clear(s2);
     next_tile = n + kTile;
   }
 };
@@ -120,15 +124,15 @@ struct LaneMoments {
 // sum(dy) and sum(dy * (x - mean)) of each lane.
 template <typename A>
 struct LaneGradSums {
-  Block<A> mean, s1, s2;
+  LaneArray<A> mean, s1, s2;
   double sum[kLanes<A>], dot[kLanes<A>];
   int64_t n;  // blocks in s1 and s2
   bool first_tile;
 
   void reset(const Block<A>& centre) {
-    mean = centre;
+    for (int q = 0; q < kVecs; ++q) mean.set(q, centre.v[q]);
     first_tile = true;
-    clear();
+    restart();
   }
 
   template <typename T>
@@ -138,9 +142,9 @@ struct LaneGradSums {
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
         for (int q = 0; q < V; ++q) {
-          centre[q] = mean.v[first + q];
-          sums[q] = s1.v[first + q];
-          dots[q] = s2.v[first + q];
+          centre[q] = mean[first + q];
+          sums[q] = s1[first + q];
+          dots[q] = s2[first + q];
         }
         for (int64_t i = 0; i < tile; ++i) {
           const Block<A, V> g = load(dy + i * stride), v = load(x + i * stride);
@@ -150,8 +154,8 @@ struct LaneGradSums {
           }
         }
         for (int q = 0; q < V; ++q) {
-          s1.v[first + q] = sums[q];
-          s2.v[first + q] = dots[q];
+          s1.set(first + q, sums[q]);
+          s2.set(first + q, dots[q]);
         }
       });
       dy += tile * stride;
@@ -161,7 +165,7 @@ struct LaneGradSums {
       if (n == kTile) {
         finish(sum, dot);
         first_tile = false;
-        clear();
+        restart();
       }
     }
   }
@@ -172,8 +176,8 @@ struct LaneGradSums {
   }
 
  private:
-  void clear() {
-    for (int q = 0; q < kVecs; ++q) s1.v[q] = s2.v[q] = Vec<A>(0);
+  void restart() {
+    clear(s1), clear(s2);
     n = 0;
   }
 };

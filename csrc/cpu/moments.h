@@ -11,6 +11,27 @@
 
 namespace batchnorm_ext::cpu {
 
+inline double sum_of_lanes(const Vec<double>& v) {
+  constexpr int64_t width = Vec<double>::size();
+  alignas(64) double lanes[width];
+  v.store(lanes);
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
+inline double sum_of(const double* p, int64_t n) {
+  constexpr int64_t width = Vec<double>::size();
+  Vec<double> even(0), odd(0);
+  for (; n >= 2 * width; n -= 2 * width, p += 2 * width) {
+    even = even + Vec<double>::loadu(p);
+    odd = odd + Vec<double>::loadu(p + width);
+  }
+  if (n > 0) even = even + Vec<double>::loadu(p, std::min(n, width));
+  if (n > width) odd = odd + Vec<double>::loadu(p + width, n - width);
+  return sum_of_lanes(even + odd);
+}
+
 // Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).
 template <int64_t kCapacity>
 struct MomentSets {
@@ -18,14 +39,11 @@ struct MomentSets {
 
   template <typename A>
   void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) {
-    alignas(64) A centre[kLanes<A>], first[kLanes<A>];
     double second[kLanes<A>];
-    spill(lanes.k, centre);
-    spill(lanes.s1, first);
     flush(lanes.s2, lanes.m2, lanes.first_tile(), second);
     for (int64_t l = 0; l < width; ++l) {
-      k[at + l] = centre[l];
-      s1[at + l] = first[l];
+      k[at + l] = lanes.k.values[l];
+      s1[at + l] = lanes.s1.values[l];
       s2[at + l] = second[l];
       n[at + l] = static_cast<double>(lanes.n);
     }
@@ -43,52 +61,64 @@ struct MomentSets {
     }
   }
 
-  // Folds sets [at, at + width) into the first of them, as a tree.
+  // Folds sets [at, at + width) into the first of them, about its centre. That centre is the mean of some of the
+  // elements: were it far from the others, so would these elements be, and m2 as large.
   void fold(int64_t at, int64_t width) {
-    for (; width > 1; width -= width / 2) join(at, at + width - width / 2, width / 2);
+    using V = Vec<double>;
+    const V centre(k[at]);
+    V sum(0), squares(0), count(0);
+    const auto add = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
+      const V e = V::loadu(k + i, lanes) - centre, first = V::loadu(s1 + i, lanes), some = V::loadu(n + i, lanes);
+      const V moved = at::vec::fmadd(some, e, first);
+      sum = sum + moved;
+      squares = squares + at::vec::fmadd(e, first + moved, V::loadu(s2 + i, lanes));
+      count = count + some;
+    };
+    int64_t i = at;
+    for (; i + V::size() <= at + width; i += V::size()) add(i, V::size());
+    if (i < at + width) add(i, at + width - i);
+    s1[at] = sum_of_lanes(sum);
+    s2[at] = sum_of_lanes(squares);
+    n[at] = sum_of_lanes(count);
   }
 
-  void result(int64_t at, double& mean, double& m2) const {
-    const double shift = s1[at] / n[at];
-    mean = k[at] + shift;
-    m2 = s2[at] - s1[at] * shift;
+  // Mean and m2 of `count` sets, `step` apart.
+  void results(int64_t step, int64_t count, double* mean, double* m2) const {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = i * step;
+      const double shift = s1[at] / n[at];
+      mean[i] = k[at] + shift;
+      m2[i] = s2[at] - s1[at] * shift;
+    }
   }
 };
-
-inline double sum_of(const double* p, int64_t n) {
-  constexpr int64_t width = Vec<double>::size();
-  Vec<double> even(0), odd(0);
-  for (; n >= 2 * width; n -= 2 * width, p += 2 * width) {
-    even = even + Vec<double>::loadu(p);
-    odd = odd + Vec<double>::loadu(p + width);
-  }
-  if (n > 0) even = even + Vec<double>::loadu(p, std::min(n, width));
-  if (n > width) odd = odd + Vec<double>::loadu(p + width, n - width);
-  alignas(64) double lanes[width];
-  (even + odd).store(lanes);
-  for (int64_t half = width / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
 
 // Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, which then is negative
 // if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel
 // has m2 == 0 and is not affected; nor is one that holds inf or nan.
+//
+// for_each(channel, visit) calls visit with each of the `count` elements of a channel, as a double.
 template <typename T, typename ForEach>
-void mend_range(double count, const ForEach& for_each, double mean, double& m2) {
+void mend_range(double count, int64_t channels, const double* mean, double* m2, const ForEach& for_each) {
   if constexpr (!std::is_same_v<T, double>) {
-    const bool overflow = !std::isfinite(m2) && std::isfinite(mean);
-    const bool underflow = m2 != 0 && m2 < count * 1e-30;
-    if (overflow || underflow) {
+    const auto out_of_range = [&](int64_t c) {
+      return (!std::isfinite(m2[c]) & std::isfinite(mean[c])) | ((m2[c] != 0) & (m2[c] < count * 1e-30));
+    };
+    int64_t found = 0;
+    for (int64_t c = 0; c < channels; ++c) found += out_of_range(c);
+    for (int64_t c = 0; found > 0; ++c) {
+      if (!out_of_range(c)) continue;
       double s1 = 0, s2 = 0;
-      for_each([&](double v) {
-        s1 += v - mean;
-        s2 += (v - mean) * (v - mean);
+      for_each(c, [&](double v) {
+        s1 += v - mean[c];
+        s2 += (v - mean[c]) * (v - mean[c]);
       });
-      m2 = s2 - s1 * s1 / count;
+      m2[c] = s2 - s1 * s1 / count;
+      --found;
     }
   }
-  if (m2 < 0) m2 = 0;
+  for (int64_t c = 0; c < channels; ++c) m2[c] = m2[c] < 0 ? 0 : m2[c];
 }
 
 }  // namespace batchnorm_ext::cpu

@@ -47,12 +47,11 @@ class Row {
     if (whole) sets.take(0, body, L);
     if (rest) sets.take(whole ? L : 0, tail, rest);
     sets.fold(0, (whole ? L : 0) + rest);
-    sets.result(0, *mean, *m2);
-    const auto for_each = [&](const auto& visit) {
+    sets.results(1, 1, mean, m2);
+    mend_range<T>(count(chunk), 1, mean, m2, [&](int64_t, const auto& visit) {
       for (int64_t r = 0; r < s.runs; ++r)
         for (int64_t i = 0; i < s.length; ++i) visit(static_cast<double>(x[s.offset + r * stride() + i]));
-    };
-    mend_range<T>(count(chunk), for_each, *mean, *m2);
+    });
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {

@@ -33,14 +33,18 @@ struct Block {
   Vec<A> v[V];
 };
 
+// One value for each lane of a full block, in memory and not initialized.
 template <typename A>
-inline void spill(const Block<A>& block, A* lanes) {
-  for (int q = 0; q < kVecs; ++q) block.v[q].store(lanes + q * Vec<A>::size());
-}
+struct LaneArray {
+  alignas(64) A values[kLanes<A>];
+
+  Vec<A> operator[](int q) const { return Vec<A>::loadu(values + q * Vec<A>::size()); }
+  void set(int q, const Vec<A>& v) { v.store(values + q * Vec<A>::size()); }
+};
 
 // Loads V vectors. `from(first, width)` gives one vector of T.
 template <typename T, int V, typename From>
-inline Block<Acc<T>, V> widen(const From& from) {
+__attribute__((always_inline)) inline Block<Acc<T>, V> widen(const From& from) {
   Block<Acc<T>, V> block;
   for (int q = 0; q < V; q += kParts<T>) {
     const Vec<T> part = from(q / kParts<T> * Vec<T>::size());
@@ -53,13 +57,13 @@ inline Block<Acc<T>, V> widen(const From& from) {
 }
 
 template <int V, typename T>
-inline Block<Acc<T>, V> load_block(const T* p) {
+__attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p) {
   return widen<T, V>([&](int64_t first) { return Vec<T>::loadu(p + first); });
 }
 
 // Loads the first `count` elements; the other lanes are zero.
 template <int V, typename T>
-inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
+__attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
   return widen<T, V>([&](int64_t first) {
     const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
     return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
