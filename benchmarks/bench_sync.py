@@ -6,9 +6,10 @@
 
 Over the layer shapes of ResNet-50, with a small batch, a core and a thread on each rank of a gloo
 process group. All contestants but "plain torch" run the same local kernels; "free messages" is our
-layer in a group whose messages arrive at once, and "halves" is what it computes, without autograd
-and messages. On CUDA, torch.nn.SyncBatchNorm itself takes part instead of its algorithm. The times
-of single messages are fitted by a cost model (sync_model.py), drawn up to 16,384 ranks.
+layer in a group whose messages arrive at once, and "free calls" those messages alone; "halves" is
+what it computes and "fused" what the local layer computes, without autograd and messages. On CUDA,
+torch.nn.SyncBatchNorm itself takes part instead of its algorithm. The times of single messages are
+fitted by a cost model (sync_model.py), drawn up to 16,384 ranks.
 """
 
 import argparse
@@ -43,19 +44,37 @@ ops = torch.ops.batchnorm_ext
 WARMUP = 3
 
 
-def halves(x: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
-    """The kernels of a step in sequence."""
-    mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-    count = torch.tensor(0, device=x.device)
+def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """The operators of a step in sequence: ours, and those of the local layer."""
+    options = {"device": x.device}
+    weight, bias, mean, var = (torch.ones(x.shape[1], **options) for _ in range(4))
+    parameters = weight, bias, mean, var, torch.tensor(0, **options)
 
-    def step() -> None:
+    def halves() -> None:
         sums = ops.moments(x)
-        y, stats = ops.apply(x, weight, bias, mean, var, count, sums, 0.1, 1e-5)
+        y, stats = ops.apply(x, *parameters, sums, 0.1, 1e-5)
         grads = ops.grad_moments(dy, x, stats)
         dx = ops.grad_apply(dy, x, weight, stats, grads, sums[-1:])
         del y, dx
 
-    return step
+    def fused() -> None:
+        y, stats = ops.batch_norm(x, *parameters, True, 0.1, 1e-5)
+        dx, *_ = ops.batch_norm_backward(dy, x, weight, stats, True, [True] * 3)
+        del y, dx
+
+    return {"halves": halves, "fused": fused}
+
+
+def free_calls(group, channels: int, device: str) -> Callable[[], object]:
+    """What PyTorch takes to send our two messages in a group where they arrive at once."""
+    sizes = 2 * channels + 1, 2 * channels
+    sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
+
+    def run() -> None:
+        for message in sums:
+            group.allreduce(message).wait()
+
+    return run
 
 
 def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable[[], object]]:
@@ -84,9 +103,7 @@ def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable
         weight, bias = (torch.ones(channels, requires_grad=True) for _ in range(2))
         state = torch.zeros(channels), torch.ones(channels), dist.group.WORLD
         calls[name] = step(lambda x, peer=peer, a=(weight, bias, *state): peer(x, *a))
-    weight, bias = (torch.ones(channels, device=device) for _ in range(2))
-    calls["halves"] = halves(x.detach(), dy, weight, bias)
-    return calls
+    return calls | {"free calls": free_calls(free, channels, device)} | kernels(x.detach(), dy)
 
 
 def messages(channels: int, ranks: int) -> dict[str, Callable[[], object]]:
@@ -161,7 +178,8 @@ def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> 
             if rank == 0:
                 pipe.send(row)
     dist.barrier()
-    dist.destroy_process_group()
+    # At once: a thread of gloo that lets go of a tensor while Python shuts down would abort.
+    os._exit(0)
 
 
 def run(ranks: int, args: argparse.Namespace, bar: tqdm) -> list[dict]:
