@@ -57,6 +57,7 @@ struct LaneMoments {
   void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
     if (n == 0 && blocks > 0) start(p, stride, std::min(blocks, kFirstTile), lanes);
     while (blocks > 0) {
+      if (n == next_tile) recentre();
       const int64_t tile = std::min(blocks, next_tile - n);
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sum[V], squares[V];
@@ -81,7 +82,6 @@ struct LaneMoments {
       p += tile * stride;
       n += tile;
       blocks -= tile;
-      if (n == next_tile) recentre();
     }
   }
 
@@ -138,6 +138,11 @@ struct LaneGradSums {
   template <typename T>
   void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
     while (blocks > 0) {
+      if (n == kTile) {
+        finish(sum, dot);
+        first_tile = false;
+        restart();
+      }
       const int64_t tile = std::min(blocks, kTile - n);
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
@@ -162,11 +167,6 @@ struct LaneGradSums {
       x += tile * stride;
       n += tile;
       blocks -= tile;
-      if (n == kTile) {
-        finish(sum, dot);
-        first_tile = false;
-        restart();
-      }
     }
   }
 
