@@ -139,6 +139,25 @@ def test_threads_take_and_give():
     assert not wrong
 
 
+def test_forked_child_takes_and_gives():
+    script = f"""
+import os, torch
+from batchnorm_ext.functional import batch_norm
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+x = torch.randn{SIZE}
+expected = batch_norm(x, None, None, training=True)
+waiting = batch_norm(x, None, None, training=True).data_ptr()
+child = os.fork()
+y = batch_norm(x, None, None, training=True)
+right = y.data_ptr() == waiting and torch.equal(y, expected)
+del y
+if child == 0:
+    os._exit(0 if right else 1)
+assert right and os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_profiler_knows_the_memory():
     x = torch.randn(SIZE)
     with torch.profiler.profile(profile_memory=True) as profiler:

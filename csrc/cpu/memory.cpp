@@ -12,6 +12,7 @@
 #if defined(__linux__)
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -76,6 +77,11 @@ class OutputMemory final : public c10::Allocator {
   }
 
  private:
+  // A forked child has none of the threads that could be holding the lock: it is taken before and released after.
+  OutputMemory() {
+    pthread_atfork([] { self().mutex_.lock(); }, [] { self().mutex_.unlock(); }, [] { self().mutex_.unlock(); });
+  }
+
   Block take(size_t bytes) {
     std::vector<Block> dropped;
     {
