@@ -141,9 +141,11 @@ class Column {
             width(block) * g.inner * folded, folded};
   }
 
-  // Asks for a full block of a tile, which may be past the end: to the processor, a few rows of a column and then those
-  // of the next look like no pattern. Not for the nearest cache, where rows a power of two apart crowd each other out.
+  // Asks for a full block of a tile, which may be past the end: to the processor, a few pixels of some channels and then
+  // those of the next channels look like no pattern. Not for the nearest cache, where pixels a power of two apart crowd
+  // each other out, and not for the few long rows of an NCHW batch, whose pages are far apart: they only lose by it.
   void prefetch(const T* p) const {
+    if (g.inner > 1) return;
     for (int64_t r = 0; r < kFirstTile; ++r, p += stride())
       for (int64_t i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
   }
