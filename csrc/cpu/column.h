@@ -141,9 +141,10 @@ class Column {
             width(block) * g.inner * folded, folded};
   }
 
-  // Asks for a full block of a tile, which may be past the end: to the processor, a few pixels of some channels and then
-  // those of the next channels look like no pattern. Not for the nearest cache, where pixels a power of two apart crowd
-  // each other out, and not for the few long rows of an NCHW batch, whose pages are far apart: they only lose by it.
+  // Asks for a full block of a tile, which may be past the end: to the processor, a few pixels of some channels and
+  // then those of the next channels look like no pattern. Not for the nearest cache, where pixels a power of two apart
+  // crowd each other out, and not for the few long rows of an NCHW batch, whose pages are far apart: they only lose by
+  // it.
   void prefetch(const T* p) const {
     if (g.inner > 1) return;
     for (int64_t r = 0; r < kFirstTile; ++r, p += stride())
