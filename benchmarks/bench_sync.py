@@ -46,9 +46,8 @@ WARMUP = 3
 
 def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]]:
     """The operators of a step in sequence: ours, and those of the local layer."""
-    options = {"device": x.device}
-    weight, bias, mean, var = (torch.ones(x.shape[1], **options) for _ in range(4))
-    parameters = weight, bias, mean, var, torch.tensor(0, **options)
+    weight, bias, mean, var = (x.new_ones(x.shape[1]) for _ in range(4))
+    parameters = weight, bias, mean, var, torch.tensor(0, device=x.device)
 
     def halves() -> None:
         sums = ops.moments(x)
@@ -156,7 +155,7 @@ def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> 
         # else a rank that was waiting may wake up on the core of another, and stay there
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-        # else the threads of gloo interrupt each other, and one waits for its next slice of 3 ms
+        # else a message now and then takes some milliseconds more: threads of gloo share this core
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     free = dist.new_group(backend="fake")

@@ -1,7 +1,7 @@
 """Measured rows, what is derived from them, and the musts they are held against."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from math import inf, prod
 from pathlib import Path
@@ -270,21 +270,21 @@ def step_verdicts(steps: list[dict]) -> list[Verdict]:
     ]
 
 
-def sync_times(rows: Iterable[dict], peer: str, ours: str = "ours") -> float | None:
-    """The geometric mean of peer / ours, each row counting as often as the network has it."""
-    rows = [row for row in rows if peer in row["seconds"]]
-    ratios = [r["seconds"][peer] / r["seconds"][ours] for r in rows for _ in range(r["layers"])]
+def sync_mean(rows: Iterable[dict], ratio: Callable[[dict[str, float]], float]) -> float | None:
+    """The geometric mean of a ratio of times, each row counting as often as the network has it."""
+    ratios = [ratio(row["seconds"]) for row in rows for _ in range(row["layers"])]
     return geometric_mean(ratios) if ratios else None
+
+
+def sync_times(rows: Iterable[dict], peer: str) -> float | None:
+    """Peer / ours, where the peer was measured."""
+    rows = [row for row in rows if peer in row["seconds"]]
+    return sync_mean(rows, lambda seconds: seconds[peer] / seconds["ours"])
 
 
 def sync_overhead(rows: Iterable[dict]) -> float | None:
-    """Our layer without the time inside the collectives / our local one, the same way."""
-    ratios = []
-    for row in rows:
-        seconds = row["seconds"]
-        ours = seconds["free messages"] - seconds["free calls"]
-        ratios += [ours / seconds["local"]] * row["layers"]
-    return geometric_mean(ratios) if ratios else None
+    """Our layer without the time inside the collectives / our local one."""
+    return sync_mean(rows, lambda s: (s["free messages"] - s["free calls"]) / s["local"])
 
 
 def sync_verdicts(rows: list[dict]) -> list[Verdict]:

@@ -141,13 +141,14 @@ def test_threads_take_and_give():
 
 def test_forked_child_takes_and_gives():
     script = f"""
-import os, torch
+import os, signal, torch
 from batchnorm_ext.functional import batch_norm
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 x = torch.randn{SIZE}
 expected = batch_norm(x, None, None, training=True)
 waiting = batch_norm(x, None, None, training=True).data_ptr()
 child = os.fork()
+signal.alarm(60)  # for a child that waits for a lock for ever
 y = batch_norm(x, None, None, training=True)
 right = y.data_ptr() == waiting and torch.equal(y, expected)
 del y

@@ -42,7 +42,7 @@ struct LaneArray {
   void set(int q, const Vec<A>& v) { v.store(values + q * Vec<A>::size()); }
 };
 
-// Loads V vectors. `from(first, width)` gives one vector of T.
+// Widens V vectors. `from(first)` gives one vector of T.
 template <typename T, int V, typename From>
 __attribute__((always_inline)) inline Block<Acc<T>, V> widen(const From& from) {
   Block<Acc<T>, V> block;
