@@ -33,7 +33,8 @@ struct Forward {
   const T* extra;  // of the hook
   int64_t channels, inner;
   Source source;
-  double count, eps, momentum;  // momentum: NAN means the cumulative average
+  double count, eps, momentum;
+  bool cumulative;  // running statistics are averages over all batches, whatever the momentum
   Channels<T> weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked;
   const double* sums;  // [n * mean | M2 + n * mean^2 | n], of kSums
@@ -110,12 +111,15 @@ struct Forward {
       if (c == 0) sums_out[2 * channels] = n;
     }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
-    if (leads && running_mean && n > 0) {
-      const double factor = isnan(momentum) ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
-      running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
-      if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
-    }
+    if (leads && running_mean && n > 0) track(c, n, mean, m2);
     set(c, mean, invstd, map);
+  }
+
+  // Moves the running statistics. One element has no unbiased variance.
+  __device__ __forceinline__ void track(int64_t c, double n, double mean, double m2) const {
+    const double factor = cumulative ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
+    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
+    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
   }
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {

@@ -8,7 +8,6 @@
 
 #include <array>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -116,7 +115,8 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& 
     op.y = x.numel() > 0 ? write<T>(y) : nullptr;
     op.source = source;
     op.eps = eps;
-    op.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+    op.momentum = momentum.value_or(0);
+    op.cumulative = !momentum;
     op.weight = read_channels<T>(weight);
     op.bias = read_channels<T>(bias);
     if (source == Source::kRunning) {

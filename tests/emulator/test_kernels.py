@@ -236,6 +236,14 @@ def test_configurations(programs, pool, mode, op, policy, dtype):
     assert_passes(programs[mode].result(), pool, commands, f"policy={policy} ")
 
 
+@pytest.mark.parametrize("plan", ["policy=block", "policy=grid,ranks=2", "policy=split,ranks=2"])
+@pytest.mark.parametrize("mode", ["plain"])
+def test_momentum_of_nan_is_no_cumulative_average(programs, pool, mode, plan):
+    """It makes the running statistics NaN, as those of PyTorch's own function."""
+    commands = [f"op={op} momentum=nan outer=40 plan={plan}".split() for op in ("forward", "apply")]
+    assert_passes(programs[mode].result(), pool, commands)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_net_is_for_mutants_only(programs, pool, mode):
     if reason := unsupported(mode):
