@@ -6,20 +6,11 @@
 
 namespace batchnorm_ext::cuda {
 
-// What follows the affine map: a functor on (y, extra), where `extra` is an element of a second tensor.
-struct NoHook {
-  static constexpr bool kExtra = false;
-  template <typename A>
-  __device__ __forceinline__ A operator()(A value, A) const {
-    return value;
-  }
-};
-
 // Where mean and variance come from: the batch at hand, the running statistics, sums over several batches, or an
 // earlier launch that has left mean and invstd.
 enum class Source { kBatch, kRunning, kSums, kStats };
 
-template <typename T_, typename Hook = NoHook>
+template <typename T_>
 struct Forward {
   using T = T_;
   using A = Acc<T>;
@@ -29,8 +20,7 @@ struct Forward {
   using Lanes = MomentLanes<A, kLanes>;
 
   const T* x;
-  T* y;            // none: nothing is mapped
-  const T* extra;  // of the hook
+  T* y;  // none: nothing is mapped
   int64_t channels, inner;
   Source source;
   double count, eps, momentum;
@@ -41,7 +31,6 @@ struct Forward {
   double* sums_out;    // the same, for the caller; then nothing else is
   double* stats;       // [mean | invstd], out but for kStats
   bool centred;        // false: kStats, with mean = 0
-  Hook hook;
 
   // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
   __device__ __forceinline__ double origin(int64_t channel) const {
@@ -142,11 +131,9 @@ struct Forward {
   // y = (x - mean) * scale + shift
   template <int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
-    Pack<T, kWidth> other{};
-    if constexpr (Hook::kExtra) other = load_pack<kWidth>(extra + offset, false);
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;
-                 return hook(fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]), other.get(i));
+                 return fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]);
                }));
   }
   __device__ __forceinline__ bool maps() const { return y != nullptr; }

@@ -71,7 +71,7 @@ DATA = ["normal", "shifted", "outlier", "constant", "huge", "tiny", "nan", "inf"
 
 
 def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
-    """Arguments for every shape, plan and hook; the rest is drawn, each time the same."""
+    """Arguments for every shape and plan; the rest is drawn, each time the same."""
     draw = random.Random(f"{op} {policy} {dtype}").choice
     settings = [
         {
@@ -83,7 +83,6 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "data": draw(["normal", *DATA]),
             "data_seed": draw(range(1000)),
             "aligned": draw([1, 1, 0]),
-            "hook": hook,
             "parameters": draw(["f32", "same"]),
             "momentum": draw([0.25, "none"]),
             "total": draw([-1, -1, 1] if outer * inner else [0, 1, 50]),
@@ -96,7 +95,6 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
         }
         for outer, stats, inner in SHAPES + (EMPTY if op in ("apply", "eval") else [])
         for plan in PLANS[policy]
-        for hook in ["none", "relu"]
     ]
     return [[f"{key}={value}" for key, value in s.items()] for s in settings]
 
