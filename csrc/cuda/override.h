@@ -55,19 +55,13 @@ struct Override {
 
  private:
   void add(std::string_view item) {
-    constexpr struct {
-      std::string_view key;
-      std::optional<int64_t> Override::* field;
-      int64_t least, most;
-    } kNumbers[] = {{"ranks", &Override::ranks, 1, kMostRanks},
-                    {"width", &Override::width, 1, kMostElements},
-                    {"relay", &Override::relay, 1, kMostElements},
-                    {"margin", &Override::margin, 0, kMostElements}};
     const size_t equals = std::min(item.find('='), item.size());
     const std::string_view key = item.substr(0, equals), value = item.substr(std::min(equals + 1, item.size()));
     if (key == "policy") return set(policy, policy_named(value), item);
-    for (const auto& n : kNumbers)
-      if (key == n.key) return set(this->*n.field, integer(key, value, n.least, n.most), item);
+    if (key == "ranks") return set(ranks, integer(key, value, 1, kMostRanks), item);
+    if (key == "width") return set(width, integer(key, value, 1, kMostElements), item);
+    if (key == "relay") return set(relay, integer(key, value, 1, kMostElements), item);
+    if (key == "margin") return set(margin, integer(key, value, 0, kMostElements), item);
     reject("policy, ranks, width, relay or margin as key=value", item);
   }
 
