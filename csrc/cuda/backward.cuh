@@ -5,8 +5,7 @@
 
 namespace batchnorm_ext::cuda {
 
-// The hook turns the gradient of what follows the affine map into dy; `extra` is an element of a third tensor.
-template <typename T_, typename Hook = NoHook>
+template <typename T_>
 struct Backward {
   using T = T_;
   using A = Acc<T>;
@@ -16,8 +15,7 @@ struct Backward {
   using Lanes = GradLanes<A, kLanes>;
 
   const T *dy, *x;
-  T* dx;           // none: nothing is mapped
-  const T* extra;  // of the hook
+  T* dx;  // none: nothing is mapped
   int64_t channels;
   bool training;
   double count;
@@ -26,7 +24,6 @@ struct Backward {
   Channels<T> weight, dweight, dbias;
   const double* sums;  // [sum(dy) | sum(dy * xhat)], where they are known
   double* sums_out;    // the same, for the caller
-  Hook hook;
 
   template <int kWidth>
   struct Packs {
@@ -35,12 +32,7 @@ struct Backward {
 
   template <int kWidth>
   __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
-    Packs<kWidth> packs{{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
-    if constexpr (Hook::kExtra) {
-      const Pack<T, kWidth> other = load_pack<kWidth>(extra + offset, again);
-      packs.in[0] = make_pack<T, kWidth>([&](int i) { return hook(packs.in[0].get(i), other.get(i)); });
-    }
-    return packs;
+    return {{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
   }
 
   template <typename Chunk, int kLanes, int kWidth, int kCount>

@@ -6,20 +6,11 @@
 
 namespace batchnorm_ext::cuda {
 
-// What follows the affine map: a functor on (y, extra), where `extra` is an element of a second tensor.
-struct NoHook {
-  static constexpr bool kExtra = false;
-  template <typename A>
-  __device__ __forceinline__ A operator()(A value, A) const {
-    return value;
-  }
-};
-
 // Where mean and variance come from: the batch at hand, the running statistics, sums over several batches, or an
 // earlier launch that has left mean and invstd.
 enum class Source { kBatch, kRunning, kSums, kStats };
 
-template <typename T_, typename Hook = NoHook>
+template <typename T_>
 struct Forward {
   using T = T_;
   using A = Acc<T>;
@@ -29,18 +20,17 @@ struct Forward {
   using Lanes = MomentLanes<A, kLanes>;
 
   const T* x;
-  T* y;            // none: nothing is mapped
-  const T* extra;  // of the hook
+  T* y;  // none: nothing is mapped
   int64_t channels, inner;
   Source source;
-  double count, eps, momentum;  // momentum: NAN means the cumulative average
+  double count, eps, momentum;
+  bool cumulative;  // running statistics are averages over all batches, whatever the momentum
   Channels<T> weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked;
   const double* sums;  // [n * mean | M2 + n * mean^2 | n], of kSums
   double* sums_out;    // the same, for the caller; then nothing else is
   double* stats;       // [mean | invstd], out but for kStats
   bool centred;        // false: kStats, with mean = 0
-  Hook hook;
 
   // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
   __device__ __forceinline__ double origin(int64_t channel) const {
@@ -110,12 +100,15 @@ struct Forward {
       if (c == 0) sums_out[2 * channels] = n;
     }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
-    if (leads && running_mean && n > 0) {
-      const double factor = isnan(momentum) ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
-      running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
-      if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
-    }
+    if (leads && running_mean && n > 0) track(c, n, mean, m2);
     set(c, mean, invstd, map);
+  }
+
+  // Moves the running statistics. One element has no unbiased variance.
+  __device__ __forceinline__ void track(int64_t c, double n, double mean, double m2) const {
+    const double factor = cumulative ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
+    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
+    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
   }
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {
@@ -138,11 +131,9 @@ struct Forward {
   // y = (x - mean) * scale + shift
   template <int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
-    Pack<T, kWidth> other{};
-    if constexpr (Hook::kExtra) other = load_pack<kWidth>(extra + offset, false);
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;
-                 return hook(fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]), other.get(i));
+                 return fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]);
                }));
   }
   __device__ __forceinline__ bool maps() const { return y != nullptr; }

@@ -8,7 +8,6 @@
 
 #include <array>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -111,7 +110,8 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
     op.y = x.numel() > 0 ? write<T>(y) : nullptr;
     op.source = source;
     op.eps = s.eps;
-    op.momentum = s.momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+    op.momentum = s.momentum.value_or(0);
+    op.cumulative = s.update && !s.momentum;
     op.weight = read_channels<T>(o.weight);
     op.bias = read_channels<T>(o.bias);
     if (source == Source::kRunning) {

@@ -38,7 +38,6 @@ class Problem {
         random_(static_cast<unsigned>(settings.number("data_seed"))),
         x_(values(settings.text("data"))),
         dy_(values("normal")),
-        extra_(values("normal")),
         weight_(parameters(0.5, 1.5)),
         bias_(parameters(-1, 1)),
         running_mean_(parameters(-1, 1)),
@@ -162,7 +161,7 @@ class Problem {
   double eps_;      // of the layer, not more than the variances
   Exact walk_ = 0;  // how far the roundings of a channel's sums go: known when it is known who adds up what
   std::mt19937 random_;
-  Buffer<T> x_, dy_, extra_;
+  Buffer<T> x_, dy_;
   PerChannel<T> weight_, bias_, running_mean_, running_var_;
 };
 
