@@ -14,6 +14,7 @@ from situations import (  # noqa: F401
     grad_modes,
     gradients,
     hooks,
+    in_place,
     layouts,
     lazy,
     options,
