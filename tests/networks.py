@@ -51,9 +51,9 @@ def make_input(device, batch=4):
 
 
 def assert_same_state(actual, expected, close=CLOSE):
-    expected = dict(expected)
-    assert set(dict(actual)) == set(expected)
-    for name, value in dict(actual).items():
+    actual, expected = dict(actual), dict(expected)
+    assert set(actual) == set(expected)
+    for name, value in actual.items():
         torch.testing.assert_close(
             value, expected[name], **close, msg=lambda m, n=name: f"{n}: {m}"
         )
