@@ -51,13 +51,13 @@ def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]
 
     def halves() -> None:
         sums = ops.moments(x)
-        y, stats = ops.apply(x, *parameters, sums, 0.1, 1e-5)
+        y, stats = ops.apply_update(x, *parameters, sums, 0.1, 1e-5)
         grads = ops.grad_moments(dy, x, stats)
         dx = ops.grad_apply(dy, x, weight, stats, grads, sums[-1:])
         del y, dx
 
     def fused() -> None:
-        y, stats = ops.batch_norm(x, *parameters, True, 0.1, 1e-5)
+        y, stats = ops.batch_norm_update(x, *parameters, 0.1, 1e-5)
         dx, *_ = ops.batch_norm_backward(dy, x, weight, stats, True, [True] * 3)
         del y, dx
 

@@ -22,7 +22,8 @@ class Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, group, exchange, exchange_back):
         sums = exchange(ops.moments(x), group)
-        y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
+        state = running_mean, running_var, None
+        y, stats = ops.apply_update(x, weight, bias, *state, sums, MOMENTUM, EPS)
         ctx.save_for_backward(x, weight, stats, sums[-1:])
         ctx.group, ctx.exchange_back = group, exchange_back
         return y

@@ -61,7 +61,7 @@ Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ran
 // is on its way.
 Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   const auto& [x, weight, stats, count, training, bias_dtype] = saved;
-  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, bias_dtype, mask);
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype);
   const Tensor sums = call_grad_moments(dy, x, stats);
   Tensor pending, dx;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
@@ -177,7 +177,7 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
 Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                              bool training, std::optional<at::ScalarType> bias_dtype, Mask mask) {
+                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
   return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype}, {}, mask);
 }
 

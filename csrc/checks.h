@@ -93,16 +93,25 @@ inline void check_forward(const Operands& o, const Spec& s) {
   if (s.training) check_batch_size(o.x);
 }
 
-// Threads would race for memory that is written for two channels, or read and written.
-inline void check_no_overlap(const Operands& o, const Spec& s) {
+// Memory that is written for two channels, or two statistics, holds neither in the end.
+inline void check_written_once(const Operands& o, const Spec& s) {
   if (!s.update) return;
+  at::assert_no_internal_overlap(*o.running_mean);
+  at::assert_no_internal_overlap(*o.running_var);
   at::assert_no_overlap(*o.running_mean, *o.running_var);
-  for (const auto* written : {&*o.running_mean, &*o.running_var}) {
-    at::assert_no_internal_overlap(*written);
-    at::assert_no_overlap(*written, o.x);
-    for (const auto* read : {&o.weight, &o.bias})
-      if (*read) at::assert_no_overlap(*written, **read);
-  }
+}
+
+// For kernels whose threads write the running statistics while others still read the rest.
+inline void check_reads_not_written(const Operands& o, const Spec& s) {
+  if (!s.update) return;
+  const auto check = [&](const at::Tensor& read, const char* name) {
+    for (const auto* written : {&*o.running_mean, &*o.running_var})
+      TORCH_CHECK_NOT_IMPLEMENTED(at::get_overlap_status(*written, read) == at::MemOverlapStatus::No,
+                                  "batch_norm: expected ", name, " to share no memory with the running statistics");
+  };
+  check(o.x, "input");
+  if (o.weight) check(*o.weight, "weight");
+  if (o.bias) check(*o.bias, "bias");
 }
 
 // `numel` float64 values in a row, which sums over ranks arrive in.

@@ -31,7 +31,7 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   std::optional<at::ScalarType> bias_dtype, Mask mask) {
+                   Mask mask, std::optional<at::ScalarType> bias_dtype) {
   check_backward(dy, x, weight, stats);
   auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
   return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};

@@ -25,8 +25,8 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // Only what output_mask = [dx, dweight, dbias] asks for is computed; the rest is undefined (None). dweight has the
   // dtype of weight, dbias that of bias; without one, float32, or float64 for a float64 x.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, ScalarType? bias_dtype, "
-      "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask, "
+      "ScalarType? bias_dtype=None) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
   // between them. They have no derivatives of their own.

@@ -119,12 +119,12 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
 }
 
 inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                               const at::Tensor& stats, bool training, std::optional<at::ScalarType> bias_dtype,
-                               Mask mask) {
+                               const at::Tensor& stats, bool training, Mask mask,
+                               std::optional<at::ScalarType> bias_dtype) {
   static const auto op =
       find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
-                              std::optional<at::ScalarType>, Mask)>("batchnorm_ext::batch_norm_backward");
-  return op.call(dy, x, weight, stats, training, bias_dtype, mask);
+                              Mask, std::optional<at::ScalarType>)>("batchnorm_ext::batch_norm_backward");
+  return op.call(dy, x, weight, stats, training, mask, bias_dtype);
 }
 
 inline at::Tensor call_moments(const at::Tensor& x) {

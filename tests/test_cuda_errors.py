@@ -57,7 +57,7 @@ import batchnorm_ext
 
 x, weight = torch.randn(16, 64, 28, 28, device="cuda"), torch.ones(64, device="cuda")
 normalize = lambda: torch.ops.batchnorm_ext.batch_norm(
-    x, weight, None, None, None, None, True, 0.1, 1e-5
+    x, weight, None, None, None, True, 1e-5
 )
 normalize()  # memory and code are there from now on
 try:
@@ -146,7 +146,7 @@ import batchnorm_ext
 
 x = torch.randn(4, 3, 5, 5, device="cuda")
 normalize = lambda: torch.ops.batchnorm_ext.batch_norm(
-    x, None, None, None, None, None, True, 0.1, 1e-5
+    x, None, None, None, None, True, 1e-5
 )
 try:
     normalize()

@@ -1,12 +1,14 @@
 """The halves of training, with sums between them that may be of several batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import tolerances
 from cases import LAYOUTS, TRAINING_CASES, Case
-from support import assert_bitwise, assert_within, check_gradients, make_problem
+from support import apply_call, assert_bitwise, assert_within, check_gradients, make_problem
 from test_operators import CASES
 
 ops = torch.ops.batchnorm_ext
@@ -14,10 +16,15 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def _apply(problem, sums, x=None):
-    tracked = problem.running_mean, problem.running_var, problem.num_batches_tracked
-    x = problem.x if x is None else x
-    affine = problem.weight, problem.bias
-    return ops.apply(x, *affine, *tracked, sums, problem.momentum, problem.eps)
+    op, arguments = _apply_call(problem, sums, x)
+    return op(*arguments)
+
+
+def _apply_call(problem, sums, x=None):
+    x, *rest, training, momentum, eps = replace(problem, x=problem.x if x is None else x).arguments(
+        True
+    )
+    return apply_call(sums, x, *rest, momentum, eps)
 
 
 def _backward(problem, stats, count):
@@ -137,11 +144,9 @@ def test_operators(case, device):
     sums = ops.moments(problem.x)
     _, stats = _apply(problem.clone(), sums)
     grad_sums, _ = _backward(problem, stats, sums[-1:])
-    tracked = problem.running_mean, problem.running_var, problem.num_batches_tracked
-    affine = problem.weight, problem.bias
     check = torch.library.opcheck
     check(ops.moments, (problem.x,))
-    check(ops.apply, (problem.x, *affine, *tracked, sums, problem.momentum, problem.eps))
+    check(*_apply_call(problem, sums))
     check(ops.grad_moments, (problem.dy, problem.x, stats))
     arguments = problem.dy, problem.x, problem.weight, stats, grad_sums, sums[-1:]
     check(ops.grad_apply, arguments)
@@ -184,15 +189,3 @@ def test_sums_of_another_kind(sums, device):
     good = torch.zeros(6, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="expected count to be 1 contiguous float64"):
         ops.grad_apply(*arguments, good, good[:2])
-
-
-def test_schema_names_what_it_writes():
-    written = {
-        argument.name
-        for argument in ops.apply.default._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    assert written == {"running_mean", "running_var", "num_batches_tracked"}
-    assert not any(
-        o.default._schema.is_mutable for o in (ops.moments, ops.grad_moments, ops.grad_apply)
-    )

@@ -52,7 +52,7 @@ Tensor moments(const Tensor& input) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_no_overlap(o, s);
+  check_written_once(o, s);
   const int64_t channels = o.x.size(1);
   check_sums(o.x, *o.sums, 2 * channels + 1, "sums");
   const Tensor x = dense(o.x);

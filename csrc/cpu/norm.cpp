@@ -25,7 +25,7 @@ using at::Tensor;
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
-  check_no_overlap(o, s);
+  check_written_once(o, s);
   const Tensor x = dense(o.x);
   const int64_t channels = x.size(1);
   Tensor y = empty_output_like(x);
@@ -75,7 +75,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, std::optional<at::ScalarType> bias_dtype, Mask mask) {
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
   check_backward(grad, input, weight, stats);
   const Tensor x = dense(input);
   const Tensor dy = like_layout(grad, x);

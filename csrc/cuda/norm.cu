@@ -131,7 +131,8 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
-  check_no_overlap(o, s);
+  check_written_once(o, s);
+  check_reads_not_written(o, s);
   const CUDAGuard guard(o.x.device());
   if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
     const auto options = o.x.options().dtype(at::kDouble);
@@ -142,7 +143,8 @@ Normalized forward(const Operands& o, const Spec& s) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_no_overlap(o, s);
+  check_written_once(o, s);
+  check_reads_not_written(o, s);
   check_sums(o.x, *o.sums, 2 * o.x.size(1) + 1, "sums");
   const CUDAGuard guard(o.x.device());
   return normalize(o, s, Source::kSums);
@@ -202,7 +204,7 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, std::optional<at::ScalarType> bias_dtype, Mask mask) {
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
   check_backward(grad, input, weight, stats);
   const CUDAGuard guard(input.device());
   const Gradient gradient(grad, input);
