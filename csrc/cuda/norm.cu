@@ -16,6 +16,7 @@
 #include "../checks.h"
 #include "../layout.h"
 #include "../recompute.h"
+#include "../sums.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& weight, 
                                  const OptionalTensor& num_batches_tracked, const Tensor& sums,
                                  std::optional<double> momentum, double eps) {
   check_parameters(x, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true, momentum, eps);
-  check_sums(x, sums, 2 * x.size(1) + 1, "sums");
+  check_sums(x, sums, sums_size(x.size(1)), "sums");
   const CUDAGuard guard(x.device());
   return normalize(x, weight, bias, running_mean, running_var, num_batches_tracked, Source::kSums, read<double>(sums),
                    momentum, eps);
@@ -163,7 +164,7 @@ Tensor moments(const Tensor& input) {
   check_input(input);
   const CUDAGuard guard(input.device());
   const Tensor x = dense(input);
-  const int64_t size = 2 * x.size(1) + 1;
+  const int64_t size = sums_size(x.size(1));
   if (x.numel() == 0) return at::zeros({size}, x.options().dtype(at::kDouble));
   const Geometry geometry = checked_geometry(x);
   Tensor sums = empty_sums(x, size);
