@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "sums.h"
 
 namespace batchnorm_ext {
 namespace {
@@ -26,7 +27,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_sums(o.x, *o.sums, o.x.sym_size(1) * 2 + 1, "sums");
+  check_sums(o.x, *o.sums, sums_size(o.x.sym_size(1)), "sums");
   return normalized(o.x);
 }
 
@@ -39,7 +40,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weig
 
 Tensor moments(const Tensor& x) {
   check_input(x);
-  return empty_doubles(x, {x.sym_size(1) * 2 + 1});
+  return empty_doubles(x, {sums_size(x.sym_size(1))});
 }
 
 Tensor grad_moments(const Tensor& dy, const Tensor& x, const Tensor& stats) {

@@ -31,12 +31,14 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
   // between them. They have no derivatives of their own.
   //
-  // With n elements per channel and M2 = sum((x - mean)^2), in float64, [2C + 1]; zeros for an empty batch:
-  // sums = [n * mean | M2 + n * mean^2 | n]
+  // With n elements per channel, S1 = sum(x) and S2 = sum(x^2), in float64, [4C + 1]; zeros for an empty batch:
+  // sums = [S1, leading bits | S1, rest | S2, leading bits | S2, rest | n]
+  // The two parts of each make up more bits than one value has, so that S2 / n - mean^2 keeps the variance of channels
+  // far from zero, and the leading bits of all batches add up without rounding: sums.h.
   m.def("moments(Tensor x) -> Tensor");
 
   // batch_norm in training with the statistics that the sums, of any number of batches, say:
-  //   mean = sums[:C] / n,  variance = max(0, sums[C:2C] / n - mean^2),  n = sums[2C]
+  //   mean = S1 / n,  variance = S2 / n - mean^2, or 0 where that is within the rounding of the sums
   m.def("apply(Tensor x, Tensor? weight, Tensor? bias, Tensor sums, float eps) -> (Tensor y, Tensor stats)");
 
   // batch_norm_update with such statistics. The running statistics move even where x is empty, since they are to agree

@@ -14,6 +14,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "../sums.h"
 #include "maps.h"
 #include "passes.h"
 #include "per_channel.h"
@@ -28,18 +29,15 @@ Tensor moments(const Tensor& input) {
   const Tensor x = dense(input);
   const int64_t channels = x.size(1);
   const auto options = x.options().dtype(at::kDouble);
-  if (x.numel() == 0) return at::zeros({2 * channels + 1}, options);
-  Tensor sums = at::empty({2 * channels + 1}, options);
+  if (x.numel() == 0) return at::zeros({sums_size(channels)}, options);
+  Tensor sums = at::empty({sums_size(channels)}, options);
   const Geometry geometry = geometry_of(x);
   const double count = static_cast<double>(geometry.count());
-  double* const first_moment = sums.mutable_data_ptr<double>();
-  double* const second_moment = first_moment + channels;
-  first_moment[2 * channels] = count;
+  double* const out = sums.mutable_data_ptr<double>();
+  write_count(out, channels, count);
   const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
-    for (int64_t i = 0; i < width; ++i) {
-      first_moment[first + i] = count * mean[i];
-      second_moment[first + i] = m2[i] + count * mean[i] * mean[i];
-    }
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
     with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
@@ -54,19 +52,20 @@ Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
   check_written_once(o, s);
   const int64_t channels = o.x.size(1);
-  check_sums(o.x, *o.sums, 2 * channels + 1, "sums");
+  check_sums(o.x, *o.sums, sums_size(channels), "sums");
   const Tensor x = dense(o.x);
   Tensor y = empty_output_like(x);
   Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
   double* const mean = stats.mutable_data_ptr<double>();
   double* const invstd = mean + channels;
-  const double *const first_moment = o.sums->const_data_ptr<double>(), *const second_moment = first_moment + channels;
-  const double count = first_moment[2 * channels];
+  const double* const in = o.sums->const_data_ptr<double>();
+  const double count = read_count(in, channels);
   const Channels var(new double[channels]);
+#pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = first_moment[c] / count;
-    const double difference = second_moment[c] / count - mean[c] * mean[c];
-    var[c] = difference < 0 ? 0 : difference;  // by rounding; NaN stays
+    const Moments moments = read_sums(in, channels, c);
+    mean[c] = moments.mean;
+    var[c] = moments.m2 / count;
     invstd[c] = 1 / std::sqrt(var[c] + s.eps);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "apply", [&] {

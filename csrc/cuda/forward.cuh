@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../math.h"
+#include "../sums.h"
 #include "lanes.cuh"
 
 namespace batchnorm_ext::cuda {
@@ -27,7 +28,7 @@ struct Forward {
   bool cumulative;  // running statistics are averages over all batches, whatever the momentum
   Channels<T> weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked;
-  const double* sums;  // [n * mean | M2 + n * mean^2 | n], of kSums
+  const double* sums;  // as in sums.h, of kSums
   double* sums_out;    // the same, for the caller; then nothing else is
   double* stats;       // [mean | invstd], out but for kStats
   bool centred;        // false: kStats, with mean = 0
@@ -81,8 +82,8 @@ struct Forward {
   // The same from what is known before the launch.
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums) {
-      const double n = sums[2 * channels], mean = sums[c] / n;
-      return conclude(c, n, mean, sums[channels + c] - n * mean * mean, leads, map);
+      const Moments moments = read_sums(sums, channels, c);
+      return conclude(c, read_count(sums, channels), moments.mean, moments.m2, leads, map);
     }
     if (source == Source::kStats) return set(c, centred ? stats[c] : 0, stats[channels + c], map);
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
@@ -95,9 +96,8 @@ struct Forward {
     if (m2 < 0) m2 = 0;
     const double var = m2 / n, invstd = 1 / sqrt(var + eps);
     if (leads && sums_out != nullptr) {
-      sums_out[c] = n * mean;
-      sums_out[channels + c] = m2 + n * mean * mean;
-      if (c == 0) sums_out[2 * channels] = n;
+      write_sums(sums_out, channels, c, n, mean, m2);
+      if (c == 0) write_count(sums_out, channels, n);
     }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
     if (leads && running_mean && n > 0) track(c, n, mean, m2);
@@ -125,7 +125,7 @@ struct Forward {
 
   // The counter that is to be raised once all leaders are done, if any.
   __device__ __forceinline__ int64_t* counter() const {
-    return source == Source::kSums && !(sums[2 * channels] > 0) ? nullptr : num_batches_tracked;
+    return source == Source::kSums && !(read_count(sums, channels) > 0) ? nullptr : num_batches_tracked;
   }
 
   // y = (x - mean) * scale + shift

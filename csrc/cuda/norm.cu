@@ -14,6 +14,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "../sums.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
@@ -145,7 +146,7 @@ Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
   check_written_once(o, s);
   check_reads_not_written(o, s);
-  check_sums(o.x, *o.sums, 2 * o.x.size(1) + 1, "sums");
+  check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
   const CUDAGuard guard(o.x.device());
   return normalize(o, s, Source::kSums);
 }
@@ -154,7 +155,7 @@ Tensor moments(const Tensor& input) {
   check_input(input);
   const CUDAGuard guard(input.device());
   const Tensor x = dense(input);
-  const int64_t size = 2 * x.size(1) + 1;
+  const int64_t size = sums_size(x.size(1));
   if (x.numel() == 0) return at::zeros({size}, x.options().dtype(at::kDouble));
   const Geometry geometry = checked_geometry(x);
   Tensor sums = empty_sums(x, size);

@@ -29,7 +29,7 @@ class Test : Problem<T> {
   using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
-  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit;
+  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
 
  public:
   using Problem<T>::Problem;
@@ -105,7 +105,7 @@ class Test : Problem<T> {
                reduces = op == "forward" || op == "moments", maps = op != "moments",
                scales = op == "scale";  // the gradient of an evaluation: with the invstd there is and nothing else
     const Exact n = op == "apply" ? total() : n_;
-    const Buffer<double> stats(2 * channels), sums_out(2 * channels + 1), sums_in = larger_sums(n);
+    const Buffer<double> stats(2 * channels), sums_out(4 * channels + 1), sums_in = larger_sums(n);
     const Buffer<T> y(g_.numel(), aligned_);
     int64_t batches = 3;
     Forward<T> call{.x = x_.data(),
@@ -147,11 +147,10 @@ class Test : Problem<T> {
         const Statistics& s = all[c];
         const Exact mean_error = s.mean_error * s.std, var_error = s.var_error * s.std * s.std;
         if (op == "moments") {
-          const Exact squares = s.var + s.mean * s.mean;
-          check("sums: n * mean", c, sums_out[c], n * s.mean, n * mean_error);
-          check("sums: squares", c, sums_out[channels + c], n * squares,
-                n * (var_error + 2 * std::fabs(s.mean) * mean_error + 4 * kMergeUnit * squares));
-          check("sums: n", c, sums_out[2 * channels], n, 0);
+          const Statistics out = of_sums(sums_out, c);
+          check("sums: mean", c, out.mean, s.mean, mean_error);
+          check("sums: variance", c, out.var, s.var, var_error + 4 * kExactUnit * s.mean * s.mean);
+          check("sums: n", c, sums_out[4 * channels], n, 0);
         } else if (!scales) {
           check_rounded<double>("mean", c, stats[c], s.mean, mean_error);
           check_rounded<double>("invstd", c, stats[channels + c], 1 / s.std, s.invstd_error() / s.std);
