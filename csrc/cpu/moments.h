@@ -33,14 +33,14 @@ inline double sum_of(const double* p, int64_t n) {
 }
 
 // Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).
-template <int64_t kCapacity>
 struct MomentSets {
-  double k[kCapacity], s1[kCapacity], s2[kCapacity], n[kCapacity];
+  double *k, *s1, *s2, *n;
 
   template <typename A>
-  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) {
+  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) const {
     double second[kLanes<A>];
     flush(lanes.s2, lanes.m2, lanes.first_tile(), second);
+#pragma GCC ivdep
     for (int64_t l = 0; l < width; ++l) {
       k[at + l] = lanes.k.values[l];
       s1[at + l] = lanes.s1.values[l];
@@ -50,7 +50,7 @@ struct MomentSets {
   }
 
   // Sets [into, into + width) take in sets [from, from + width), about their own centres.
-  void join(int64_t into, int64_t from, int64_t width) {
+  void join(int64_t into, int64_t from, int64_t width) const {
 #pragma GCC ivdep
     for (int64_t l = 0; l < width; ++l) {
       const int64_t i = into + l, j = from + l;
@@ -63,7 +63,7 @@ struct MomentSets {
 
   // Folds sets [at, at + width) into the first of them, about its centre. That centre is the mean of some of the
   // elements: were it far from the others, so would these elements be, and m2 as large.
-  void fold(int64_t at, int64_t width) {
+  void fold(int64_t at, int64_t width) const {
     using V = Vec<double>;
     const V centre(k[at]);
     V sum(0), squares(0), count(0);

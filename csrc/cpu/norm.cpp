@@ -63,8 +63,8 @@ Normalized forward(const Operands& o, const Spec& s) {
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {
-        const auto map = [&](int64_t block, int64_t chunk) {
-          pattern.template map<streaming.value>(block, chunk, Normalize<A>(), table.view(), out, in);
+        const auto map = [&](int64_t block, int64_t chunk, Scratch& scratch) {
+          pattern.template map<streaming.value>(block, chunk, Normalize<A>(), table.view(), scratch, out, in);
         };
         reduce_moments(pattern, Schedule(pattern, channels, x.numel()), in, finish, map);
       });
@@ -118,12 +118,13 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {
-        const auto map = [&](int64_t block, int64_t chunk) {
+        const auto map = [&](int64_t block, int64_t chunk, Scratch& scratch) {
           if (!want_dx) return;
           if (training)
-            pattern.template map<streaming.value>(block, chunk, NormalizeGrad<A>(), table.view(), dx_out, dy_in, x_in);
+            pattern.template map<streaming.value>(block, chunk, NormalizeGrad<A>(), table.view(), scratch, dx_out,
+                                                  dy_in, x_in);
           else
-            pattern.template map<streaming.value>(block, chunk, Scale<A>(), scale, dx_out, dy_in);
+            pattern.template map<streaming.value>(block, chunk, Scale<A>(), scale, scratch, dx_out, dy_in);
         };
         reduce_grads(pattern, Schedule(pattern, channels, x.numel()), dy_in, x_in, centre, mean, invstd, finish, map);
       });

@@ -54,8 +54,8 @@ void with_streaming(const Geometry& geometry, const F& f) {
 template <typename T, typename Pattern, typename Finish, typename Map>
 void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x, const Finish& finish,
                     const Map& map) {
-  const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2) {
-    pattern.moments(x, block, chunk, mean, m2);
+  const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2, Scratch& scratch) {
+    pattern.moments(x, block, chunk, mean, m2, scratch);
   };
   const auto merge = [](double n, double n2, int64_t width, double* mean, double* m2, const double* mean2,
                         const double* m22) {
@@ -69,8 +69,8 @@ void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x
 template <typename T, typename Pattern, typename Finish, typename Map>
 void reduce_grads(const Pattern& pattern, const Schedule& schedule, const T* dy, const T* x, const Acc<T>* centre,
                   const double* mean, const double* invstd, const Finish& finish, const Map& map) {
-  const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot) {
-    pattern.grad_sums(dy, x, centre, block, chunk, sum, dot);
+  const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot, Scratch& scratch) {
+    pattern.grad_sums(dy, x, centre, block, chunk, sum, dot, scratch);
   };
   const auto merge = [](double, double, int64_t width, double* sum, double* dot, const double* sum2,
                         const double* dot2) {
@@ -94,8 +94,8 @@ void map_tensor(const Geometry& geometry, const Op& op, const typename Op::Coeff
   if (geometry.numel() == 0) return;
   with_map_pattern<T>(geometry, [&](const auto& pattern) {
     with_streaming<T>(geometry, [&](auto streaming) {
-      map_all(Schedule(pattern, geometry.stats, geometry.numel()), [&](int64_t block, int64_t chunk) {
-        pattern.template map<streaming.value>(block, chunk, op, coefficients, out, in...);
+      map_all(Schedule(pattern, geometry.stats, geometry.numel()), [&](int64_t block, int64_t chunk, Scratch& scratch) {
+        pattern.template map<streaming.value>(block, chunk, op, coefficients, scratch, out, in...);
       });
     });
   });
