@@ -237,6 +237,7 @@ class Test : Problem<T> {
                            .dx = maps ? dx.data() : nullptr,
                            .extra = extra_.data(),
                            .channels = channels,
+                           .inner = g_.inner,
                            .training = training,
                            .count = static_cast<double>(n_),
                            .total_count = op == "grad_apply" ? count.data() : nullptr,
