@@ -21,9 +21,6 @@ constexpr int64_t sums_size(int64_t channels) { return 4 * channels + 1; }
 BATCHNORM_EXT_HD void write_count(double* sums, int64_t channels, double n) { sums[4 * channels] = n; }
 BATCHNORM_EXT_HD double read_count(const double* sums, int64_t channels) { return sums[4 * channels]; }
 
-// std::isfinite is a function of the host alone.
-BATCHNORM_EXT_HD bool is_finite(double value) { return value - value == 0; }
-
 // The leading 28 bits, truncated. Infinities and NaN stay.
 BATCHNORM_EXT_HD double leading_bits(double value) {
   uint64_t bits;
@@ -45,10 +42,6 @@ BATCHNORM_EXT_HD void write_sums(double* sums, int64_t channels, int64_t c, doub
   sums[2 * channels + c] = s2;
   sums[3 * channels + c] = is_finite(s2) ? s2_rest : 0;
 }
-
-struct Moments {
-  double mean, m2;
-};
 
 // The moments that the sums of one or several batches say:
 //   M2 = sum((x - mean)^2) = S2 - mean * S1 - mean * (S1 - n * mean)

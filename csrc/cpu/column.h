@@ -38,6 +38,7 @@ class Column {
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 
+  const Geometry& geometry() const { return g; }
   int64_t blocks() const { return (g.stats + stats_per_block - 1) / stats_per_block; }
   int64_t chunks() const { return full_chunks + (g.outer % fold != 0); }
   int64_t first(int64_t block) const { return block * stats_per_block; }
@@ -72,12 +73,6 @@ class Column {
     if (g.inner > 1)
       for (int64_t c = 0; c < channels; ++c) sets.fold(c * g.inner, g.inner);
     sets.results(g.inner, channels, mean, m2);
-    mend_range<T>(count(chunk), channels, mean, m2, [&](int64_t c, const auto& visit) {
-      for (int64_t r = 0; r < s.rows; ++r)
-        for (int64_t f = 0; f < s.folded; ++f)
-          for (int64_t i = 0; i < g.inner; ++i)
-            visit(static_cast<double>(x[s.offset + r * stride() + f * across + c * g.inner + i]));
-    });
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,

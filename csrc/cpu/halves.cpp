@@ -65,7 +65,7 @@ Normalized apply(const Operands& o, const Spec& s) {
   for (int64_t c = 0; c < channels; ++c) {
     const Moments moments = read_sums(in, channels, c);
     mean[c] = moments.mean;
-    var[c] = moments.m2 / count;
+    var[c] = moments.m2_over(count);
     invstd[c] = 1 / std::sqrt(var[c] + s.eps);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "apply", [&] {

@@ -3,9 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -93,32 +91,5 @@ struct MomentSets {
     }
   }
 };
-
-// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, which then is negative
-// if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel
-// has m2 == 0 and is not affected; nor is one that holds inf or nan.
-//
-// for_each(channel, visit) calls visit with each of the `count` elements of a channel, as a double.
-template <typename T, typename ForEach>
-void mend_range(double count, int64_t channels, const double* mean, double* m2, const ForEach& for_each) {
-  if constexpr (!std::is_same_v<T, double>) {
-    const auto out_of_range = [&](int64_t c) {
-      return (!std::isfinite(m2[c]) & std::isfinite(mean[c])) | ((m2[c] != 0) & (m2[c] < count * 1e-30));
-    };
-    int64_t found = 0;
-    for (int64_t c = 0; c < channels; ++c) found += out_of_range(c);
-    for (int64_t c = 0; found > 0; ++c) {
-      if (!out_of_range(c)) continue;
-      double s1 = 0, s2 = 0;
-      for_each(c, [&](double v) {
-        s1 += v - mean[c];
-        s2 += (v - mean[c]) * (v - mean[c]);
-      });
-      m2[c] = s2 - s1 * s1 / count;
-      --found;
-    }
-  }
-  for (int64_t c = 0; c < channels; ++c) m2[c] = m2[c] < 0 ? 0 : m2[c];
-}
 
 }  // namespace batchnorm_ext::cpu

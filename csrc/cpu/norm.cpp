@@ -41,14 +41,14 @@ Normalized forward(const Operands& o, const Spec& s) {
     T* const out = y.mutable_data_ptr<T>();
     const Geometry geometry = geometry_of(x);
     CoefficientTable<A, 3> table(channels);
-    const auto normalize_with = [&](int64_t first, int64_t width, const double* mean, const double* var) {
+    const auto set_stats = [&](int64_t first, int64_t width, const double* mean, const double* var) {
       std::copy_n(mean, width, mean_out + first);
       for (int64_t i = 0; i < width; ++i) invstd_out[first + i] = 1 / std::sqrt(var[i] + s.eps);
-      set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get());
     };
     if (!s.training) {
-      normalize_with(0, channels, read_channels(o.running_mean, channels, 0).get(),
-                     read_channels(o.running_var, channels, 0).get());
+      set_stats(0, channels, read_channels(o.running_mean, channels, 0).get(),
+                read_channels(o.running_var, channels, 0).get());
+      set_normalize(table, 0, channels, mean_out, invstd_out, w.get(), b.get());
       return map_tensor(geometry, Normalize<A>(), table.view(), out, in);
     }
     if (x.numel() == 0) {
@@ -59,7 +59,9 @@ Normalized forward(const Operands& o, const Spec& s) {
     const Channels var(new double[channels]);
     const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
       for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count;
-      normalize_with(first, width, mean, &var[first]);
+      set_stats(first, width, mean, &var[first]);
+      mend_spread(geometry, in, first, width, s.eps, &var[first], invstd_out + first);
+      set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get(), count);
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {

@@ -27,6 +27,7 @@ class Row {
     runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
   }
 
+  const Geometry& geometry() const { return g; }
   int64_t blocks() const { return g.stats; }
   int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
   int64_t first(int64_t block) const { return block; }
@@ -50,10 +51,6 @@ class Row {
     if (rest) sets.take(whole ? L : 0, tail, rest);
     sets.fold(0, (whole ? L : 0) + rest);
     sets.results(1, 1, mean, m2);
-    mend_range<T>(count(chunk), 1, mean, m2, [&](int64_t, const auto& visit) {
-      for (int64_t r = 0; r < s.runs; ++r)
-        for (int64_t i = 0; i < s.length; ++i) visit(static_cast<double>(x[s.offset + r * stride() + i]));
-    });
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,

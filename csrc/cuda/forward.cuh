@@ -1,7 +1,7 @@
 // The forward as the kernel sees it: what is summed over a channel, what becomes of the sums, what is mapped.
 #pragma once
 
-#include "../math.h"
+#include "../resum.h"
 #include "../sums.h"
 #include "lanes.cuh"
 
@@ -37,6 +37,13 @@ struct Forward {
   __device__ __forceinline__ double origin(int64_t channel) const {
     const double first = widen(x[channel * inner]);
     return isfinite(first) ? first : 0;
+  }
+
+  // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
+  __device__ __forceinline__ bool loses(int64_t, double2 sum, double) const { return !isfinite(sum.y); }
+  __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
+    const double d = static_cast<double>(widen(x[offset])) - origin;
+    return {d, d * d};
   }
 
   template <int kWidth>
@@ -76,39 +83,44 @@ struct Forward {
   // gets.
   __device__ __forceinline__ void finish(int64_t c, double2 total, double about, bool leads, A (&map)[3]) const {
     const double shift = total.x / count;
-    conclude(c, count, about + shift, total.y - total.x * shift, leads, map);
+    Moments moments{about + shift, total.y - total.x * shift};
+    if constexpr (std::is_same_v<T, double>)
+      if (!isfinite(
+              moments.scaled_m2))  // by a thread alone, which nobody waits for unless squares leave the range of fp64
+        moments = resum_moments(static_cast<int64_t>(count), kShrink,
+                                [&](int64_t i) { return x[element_of(channels, inner, c, i)]; });
+    conclude(c, count, moments, leads, map);
   }
 
   // The same from what is known before the launch.
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums) {
-      const Moments moments = read_sums(sums, channels, c);
-      return conclude(c, read_count(sums, channels), moments.mean, moments.m2, leads, map);
+      return conclude(c, read_count(sums, channels), read_sums(sums, channels, c), leads, map);
     }
-    if (source == Source::kStats) return set(c, centred ? stats[c] : 0, stats[channels + c], map);
+    if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[channels + c], map);
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
-    set(c, mean, invstd, map);
+    set(c, INFINITY, mean, invstd, map);
   }
 
   // From the moments over n elements.
-  __device__ __forceinline__ void conclude(int64_t c, double n, double mean, double m2, bool leads, A (&map)[3]) const {
-    if (m2 < 0) m2 = 0;
-    const double var = m2 / n, invstd = 1 / sqrt(var + eps);
+  __device__ __forceinline__ void conclude(int64_t c, double n, Moments moments, bool leads, A (&map)[3]) const {
+    if (moments.scaled_m2 < 0) moments.scaled_m2 = 0;
+    const double mean = moments.mean, invstd = moments.invstd(n, eps);
     if (leads && sums_out != nullptr) {
-      write_sums(sums_out, channels, c, n, mean, m2);
+      write_sums(sums_out, channels, c, n, mean, moments.m2());
       if (c == 0) write_count(sums_out, channels, n);
     }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
-    if (leads && running_mean && n > 0) track(c, n, mean, m2);
-    set(c, mean, invstd, map);
+    if (leads && running_mean && n > 0) track(c, n, moments);
+    set(c, n, mean, invstd, map);
   }
 
   // Moves the running statistics. One element has no unbiased variance.
-  __device__ __forceinline__ void track(int64_t c, double n, double mean, double m2) const {
+  __device__ __forceinline__ void track(int64_t c, double n, const Moments& moments) const {
     const double factor = cumulative ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
-    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
-    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
+    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * moments.mean);
+    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * moments.m2_over(n - 1));
   }
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {
@@ -116,9 +128,10 @@ struct Forward {
     stats[channels + c] = invstd;
   }
 
-  __device__ __forceinline__ void set(int64_t c, double mean, double invstd, A (&map)[3]) const {
-    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0));
-    map[0] = affine.mean;
+  // mean and invstd are those of n elements; of others than are mapped if n is infinite.
+  __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
+    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0), n);
+    map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;
   }
@@ -128,7 +141,7 @@ struct Forward {
     return source == Source::kSums && !(read_count(sums, channels) > 0) ? nullptr : num_batches_tracked;
   }
 
-  // y = (x - mean) * scale + shift
+  // y = (x - centre) * scale + shift
   template <int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {

@@ -182,6 +182,7 @@ struct Gradient {
     op.dy = read<T>(dy);
     op.x = read<T>(x);
     op.channels = geometry.stats;
+    op.inner = geometry.inner;
     op.training = true;
     op.count = static_cast<double>(geometry.count());
     op.stats = read<double>(stats);

@@ -205,6 +205,7 @@ class Test : Problem<T> {
                      .x = x_.data(),
                      .dx = maps ? dx.data() : nullptr,
                      .channels = channels,
+                     .inner = g_.inner,
                      .training = training,
                      .count = static_cast<double>(n_),
                      .total_count = op == "grad_apply" ? count.data() : nullptr,
