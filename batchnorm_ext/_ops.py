@@ -85,44 +85,49 @@ sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)
-_native_batch_norm = F.batch_norm
+_native_function, _native_operator = F.batch_norm, torch.batch_norm
 
 
-def takes(input: Tensor, *parameters: Tensor | None, exports_native: bool = True) -> bool:
+def leaves_process() -> bool:
+    """Whether a graph is recorded that is to be loaded elsewhere, without this library."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def takes(input: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a call goes to the operators, here and now, and not to torch's own function.
 
     ``parameters`` are the other tensors of the call. What the operators find out by themselves is
-    not asked here: they refuse by NotImplementedError. Only where a
-    compiler traces, which cannot take that back, everything is. ``exports_native`` is false for a
-    call that torch.export does not know how to take over from torch's own layer.
+    not asked here: they refuse by NotImplementedError. Only where a compiler traces, which cannot
+    take that back, everything is.
     """
     if (
         type(input) in _PLAIN
         and (input.is_cpu or _has_kernels_for(input.device))
-        and F.batch_norm is _native_batch_norm
+        and F.batch_norm is _native_function
+        and torch.batch_norm is _native_operator
         and not has_torch_function_variadic(input, *parameters)
         and not _functorch_active()
         and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
         and not torch.compiler.is_compiling()
     ):
         return True
-    reason = refusal(input, *parameters, exports_native=exports_native)
+    reason = refusal(input, *parameters)
     if reason is not None and not torch.compiler.is_compiling():
         log_once(reason)
     return reason is None
 
 
-def refusal(input: Tensor, *parameters: Tensor | None, exports_native: bool = True) -> str | None:
+def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
     """Why a call does not go to the operators, or None if it does."""
-    if exports_native and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
-        return "what is traced or exported is to be torch's own"
-    if F.batch_norm is not _native_batch_norm:
-        return "torch.nn.functional.batch_norm has been replaced"
+    if F.batch_norm is not _native_function or torch.batch_norm is not _native_operator:
+        return "batch_norm of torch has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(input, *parameters):
+        if reason := _overriding(input, *parameters):
+            return reason
     if not isinstance(input, Tensor):
         return f"type {type(input).__qualname__}"
     if input.layout is not torch.strided:
@@ -133,8 +138,6 @@ def refusal(input: Tensor, *parameters: Tensor | None, exports_native: bool = Tr
         return f"device {input.device}"
     if _dispatches_in_python(input) and not isinstance(input, FakeTensor | FunctionalTensor):
         return f"tensor subclass {type(input).__qualname__}"
-    if has_torch_function_variadic(input, *parameters) and not torch.compiler.is_compiling():
-        return _overriding(input, *parameters)
     return None
 
 

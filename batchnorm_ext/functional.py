@@ -1,5 +1,7 @@
 """The functions of ``torch.nn.functional`` that this library takes over."""
 
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +61,11 @@ def batch_norm(
         (tensor(True), tensor(True))
     """
     if not torch.jit.is_scripting():
-        if _ops.takes(input, running_mean, running_var, weight, bias) and momentum is not None:
+        if (
+            momentum is not None
+            and not _ops.leaves_process()
+            and _ops.takes(input, running_mean, running_var, weight, bias)
+        ):
             return normalize(
                 input, weight, bias, running_mean, running_var, None, training, momentum, eps
             )
@@ -83,15 +89,21 @@ def normalize(
     """
     arguments = (input, weight, bias, running_mean, running_var)
     options = (num_batches_tracked, training, momentum, eps)
-    if not isinstance(eps, _NUMBER) or not isinstance(momentum, _MOMENTUM):
+    if not (
+        isinstance(eps, _NUMBER)
+        and isinstance(momentum, _MOMENTUM)
+        and isinstance(training, bool)
+    ):
         return _by_torch(*arguments, *options)
     try:
         if not training or (running_mean is None and running_var is None):
             return _ops.batch_norm(*arguments, training, eps)[0]
         if running_mean is not None and running_var is not None:
             return track(_ops.batch_norm_update, *arguments, num_batches_tracked, momentum, eps)
-    except NotImplementedError as error:
-        if torch.compiler.is_compiling():
+    except RuntimeError as error:
+        # what the kernels do not take, and what is no tensor
+        refused = isinstance(error, NotImplementedError) or _WRONG_TYPE in str(error)
+        if not refused or torch.compiler.is_compiling():
             raise
         _ops.log_once(str(error).partition("\n")[0])
     return _by_torch(*arguments, *options)
@@ -99,6 +111,7 @@ def normalize(
 
 _NUMBER = (float, int)
 _MOMENTUM = (float, int, type(None))
+_WRONG_TYPE = "Expected a value of type"
 
 
 def _by_torch(
@@ -106,7 +119,24 @@ def _by_torch(
 ) -> Tensor:
     if num_batches_tracked is not None and momentum is None:
         momentum = 1 / float(num_batches_tracked + 1)
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    with undone_on_error(running_mean, running_var) if training else nullcontext():
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return output
+
+
+@contextmanager
+def undone_on_error(*written):
+    """PyTorch's function may write before it fails: then these tensors get their values back."""
+    written = [tensor for tensor in written if isinstance(tensor, Tensor)]
+    before = [tensor.detach().clone() for tensor in written]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+        raise

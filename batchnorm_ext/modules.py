@@ -4,13 +4,15 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 ``state_dict``, ``repr``, checks and ``isinstance`` are those of ``torch.nn``.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: F401  (what torch.jit.script compiles, see __wrapped__)
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops
-from batchnorm_ext.functional import normalize
+from batchnorm_ext.functional import normalize, undone_on_error
 
 __all__ = [
     "BatchNorm1d",
@@ -44,25 +46,42 @@ class _FusedForward:
 
     def forward(self, input: Tensor) -> Tensor:
         native = self.__native.forward
-        if native is not _native_forward:  # replaced, as scripts for test-time adaptation do
+        # a script for test-time adaptation replaces it, and what leaves the process is torch's own
+        if native is not _native_forward or (_ops.leaves_process() and _can_leave(self)):
             return native(self, input)
+        if isinstance(input, fx.Proxy):
+            return self.__traced(input)
         weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
         mean, var, batches = _statistics(self)
-        training, momentum = self.training, self.momentum
-        cumulative = training and momentum is None and batches is not None
-        if not _ops.takes(input, mean, var, weight, bias, exports_native=not cumulative):
-            if isinstance(input, fx.Proxy):  # as for torch.nn, a layer is one node of the graph
-                path = input.tracer.path_of_module(self)
-                return input.tracer.create_proxy("call_module", path, (input,), {})
-            return native(self, input)
+        if not _ops.takes(input, mean, var, weight, bias):
+            with undone_on_error(batches):
+                return native(self, input)
         self._check_input_dim(input)
-        batches, momentum = counted(batches, momentum, tracks=mean is not None)
+        count, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
-        training = training or (mean is None and var is None)
-        return normalize(input, weight, bias, mean, var, batches, training, momentum, self.eps)
+        training = self.training or (mean is None and var is None)
+        output = normalize(input, weight, bias, mean, var, batches, training, momentum, self.eps)
+        if count is not None:
+            count(1)
+        return output
 
-    # torch.jit.script compiles the source of this one instead: a script leaves the process.
+    def __traced(self, input: fx.Proxy) -> Tensor:
+        """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf."""
+        twin = self.__native.__new__(self.__native)
+        twin.__dict__ = self.__dict__
+        path = input.tracer.path_of_module(self)
+        if path and input.tracer.is_leaf_module(twin, path):
+            return input.tracer.create_proxy("call_module", path, (input,), {})
+        return self.__native.forward(self, input)
+
+    # torch.jit.script compiles the source of this one instead, and errors name it
     forward.__wrapped__ = _native_forward
+    forward.__qualname__ = _native_forward.__qualname__
+
+
+def _can_leave(layer: nn.Module) -> bool:
+    """Whether torch.export can take the layer as torch's own: not where it reads its counter."""
+    return not (layer.training and layer.track_running_stats and layer.momentum is None)
 
 
 def _statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -78,20 +97,20 @@ def _statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor
     return tuple(_buffer(module, n) for n in ("running_mean", "running_var", "num_batches_tracked"))
 
 
-def counted(
-    batches: Tensor | None, momentum: float | None, tracks: bool
-) -> tuple[Tensor | None, float | None]:
-    """The counter as the operators take it, and the momentum.
+def counting(
+    momentum: float | None, batches: Tensor | None, mean: Tensor | None, var: Tensor | None
+) -> tuple[Callable[[int], object] | None, Tensor | None, float | None]:
+    """What counts the batch afterwards, or else the counter for the operator; the momentum.
 
-    A counter of another dtype, as averaging or a checkpoint leaves it, counts here; without any,
-    ``momentum=None`` moves nothing.
+    The operator counts in int64. A counter of another dtype, as averaging or a checkpoint leaves
+    it, counts as natively. Without a counter ``momentum=None`` moves nothing.
     """
     if batches is None:
-        return None, 0.0 if momentum is None else momentum
-    if tracks and batches.dtype is torch.int64:
-        return batches, momentum
-    batches.add_(1)
-    return None, 1 / float(batches) if momentum is None else momentum
+        return None, None, 0.0 if momentum is None else momentum
+    tracks = mean is not None and var is not None
+    if tracks and type(batches) is Tensor and batches.dtype is torch.int64:
+        return None, batches, momentum
+    return batches.add_, None, 1 / float(batches + 1) if momentum is None else momentum
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -67,7 +68,7 @@ Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks
   if (mask[0]) pending = all_reduce(sums, ranks.group);
   auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
   const Tensor local = sums.view({2, -1});
-  if (mask[1]) dweight.view(-1).copy_(local[1]);
+  if (mask[1]) dweight.copy_(local[1]);
   if (mask[2]) dbias.copy_(local[0]);
   if (mask[0]) dx = call_grad_apply(dy, x, weight, stats, wait(pending), count);
   return {std::move(dx), std::move(dweight), std::move(dbias)};
@@ -112,14 +113,15 @@ struct Norm : torch::autograd::Function<Norm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                         const Call& call, Tensor* stats) {
     auto [y, statistics, count] = batchnorm_ext::forward(call.operands, call.spec, call.ranks);
-    ctx->set_materialize_grads(!call.ranks.alone());  // the other ranks count on this one's message
-    ctx->save_for_backward({x, weight, statistics, count});
-    ctx->saved_data["training"] = call.spec.training;
-    if (weight.defined()) ctx->saved_data["weight"] = weight.scalar_type();
-    if (bias.defined()) ctx->saved_data["bias"] = bias.scalar_type();
-    if (!call.ranks.alone()) {
-      ctx->saved_data["group"] = call.ranks.group;
-      ctx->saved_data["layer"] = call.ranks.layer;
+    const auto& [operands, spec, ranks] = call;
+    ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
+    ctx->saved_data["training"] = spec.training;
+    if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
+    if (operands.bias) ctx->saved_data["bias"] = bias.scalar_type();
+    ctx->set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
+    if (!ranks.alone()) {
+      ctx->saved_data["group"] = ranks.group;
+      ctx->saved_data["layer"] = ranks.layer;
     }
     *stats = std::move(statistics);
     return y;
@@ -165,9 +167,12 @@ struct Norm : torch::autograd::Function<Norm> {
 };
 
 Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
+  // as the in-place addition of torch.nn does
+  if (o.num_batches_tracked) o.num_batches_tracked->unsafeGetTensorImpl()->bump_version();
   if (is_differentiated(o.x, o.weight, o.bias)) {
     Tensor stats;
-    Tensor y = Norm::apply(o.x, o.weight.value_or(Tensor()), o.bias.value_or(Tensor()), Call{o, s, ranks}, &stats);
+    static const Tensor absent = at::empty({0});  // autograd wants a tensor in its place
+    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), Call{o, s, ranks}, &stats);
     return {std::move(y), std::move(stats)};
   }
   auto [y, stats, count] = forward(o, s, ranks);

@@ -38,7 +38,7 @@ inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor,
                               " is not on the expected device ", x.device(), "! This is ", name);
   check_size(tensor->sym_numel().sym_eq(x.sym_size(1)), name, " should contain ", x.sym_size(1), " elements not ",
              tensor->sym_numel());
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1 || tensor->is_contiguous(), "batch_norm: expected ", name,
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1, "batch_norm: expected ", name,
                               " to be 1-dimensional, got size ", tensor->sym_sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->scalar_type() == at::kFloat || tensor->scalar_type() == x.scalar_type(),
                               "batch_norm: expected ", name, " to be of dtype float32 or of the dtype of input, ",
@@ -48,10 +48,10 @@ inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor,
 // What every forward takes but for the number of elements.
 inline void check_operands(const Operands& o, const Spec& s) {
   check_input(o.x);
-  check_per_channel(o.x, o.weight, "weight");
-  check_per_channel(o.x, o.bias, "bias");
   check_per_channel(o.x, o.running_mean, "running_mean");
   check_per_channel(o.x, o.running_var, "running_var");
+  check_per_channel(o.x, o.weight, "weight");
+  check_per_channel(o.x, o.bias, "bias");
   for (const auto* statistic : {&o.running_mean, &o.running_var})
     TORCH_CHECK_NOT_IMPLEMENTED(s.training || *statistic, statistic == &o.running_mean ? "running_mean" : "running_var",
                                 " must be defined in evaluation mode");

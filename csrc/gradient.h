@@ -57,10 +57,7 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
     dx = (scale * dx).to(x_.scalar_type());
   }
   const auto sum = [&](const Tensor& terms, at::ScalarType to) { return terms.sum(reduced_dims(x)).to(to); };
-  if (mask[1]) {
-    dweight = sum(dy * xhat, weight ? weight->scalar_type() : dtype);
-    if (weight) dweight = dweight.view_as(*weight);
-  }
+  if (mask[1]) dweight = sum(dy * xhat, weight ? weight->scalar_type() : dtype);
   if (mask[2]) dbias = sum(dy, bias_dtype.value_or(dtype));
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }

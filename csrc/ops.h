@@ -79,14 +79,11 @@ inline std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Te
                                                                     std::optional<at::ScalarType> bias_dtype,
                                                                     const Mask& mask) {
   const auto absent = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const c10::SymInt channels = x.sym_size(1);
-  const auto empty = [&](c10::SymIntArrayRef size, at::ScalarType dtype) {
-    return x.new_empty_symint(size, x.options().dtype(dtype));
+  const auto empty = [&](at::ScalarType dtype) {
+    return x.new_empty_symint({x.sym_size(1)}, x.options().dtype(dtype));
   };
-  return {mask[1] ? empty(weight ? weight->sym_sizes() : c10::SymIntArrayRef(channels),
-                          weight ? weight->scalar_type() : absent)
-                  : at::Tensor(),
-          mask[2] ? empty(channels, bias_dtype.value_or(absent)) : at::Tensor()};
+  return {mask[1] ? empty(weight ? weight->scalar_type() : absent) : at::Tensor(),
+          mask[2] ? empty(bias_dtype.value_or(absent)) : at::Tensor()};
 }
 
 template <typename Signature>

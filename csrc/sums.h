@@ -16,7 +16,10 @@
 namespace batchnorm_ext {
 
 // [S1, leading bits (C) | S1, rest (C) | S2, leading bits (C) | S2, rest (C) | n], S1 = sum(x), S2 = sum(x^2)
-constexpr int64_t sums_size(int64_t channels) { return 4 * channels + 1; }
+template <typename Size>  // a number or a symbol
+constexpr Size sums_size(const Size& channels) {
+  return channels * 4 + 1;
+}
 
 BATCHNORM_EXT_HD void write_count(double* sums, int64_t channels, double n) { sums[4 * channels] = n; }
 BATCHNORM_EXT_HD double read_count(const double* sums, int64_t channels) { return sums[4 * channels]; }

@@ -14,8 +14,6 @@ namespace batchnorm_ext::cpu {
 
 using Channels = std::unique_ptr<double[]>;
 
-inline int64_t per_channel_stride(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.stride(0) : 1; }
-
 // All values; an absent tensor reads as `absent` everywhere.
 inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, double absent) {
   Channels values(new double[channels]);
@@ -23,7 +21,7 @@ inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, do
     std::fill_n(values.get(), channels, absent);
     return values;
   }
-  const int64_t stride = per_channel_stride(*tensor);
+  const int64_t stride = tensor->stride(0);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor->scalar_type(), "read_channels", [&] {
     const scalar_t* const from = tensor->const_data_ptr<scalar_t>();
     for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<double>(from[c * stride]);
@@ -32,7 +30,7 @@ inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, do
 }
 
 inline void write_channels(const at::Tensor& tensor, int64_t channels, const double* values) {
-  const int64_t stride = per_channel_stride(tensor);
+  const int64_t stride = tensor.stride(0);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor.scalar_type(), "write_channels", [&] {
     scalar_t* const to = static_cast<scalar_t*>(tensor.data_ptr());
     for (int64_t c = 0; c < channels; ++c) to[c * stride] = static_cast<scalar_t>(values[c]);

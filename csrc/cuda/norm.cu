@@ -52,7 +52,7 @@ T* write(const Tensor& tensor) {
 
 template <typename T>
 Channels<T> channels(const Tensor& tensor, void* data) {
-  return {data, tensor.dim() == 1 ? tensor.stride(0) : 1, tensor.scalar_type() == at::kFloat};
+  return {data, tensor.stride(0), tensor.scalar_type() == at::kFloat};
 }
 
 template <typename T>
