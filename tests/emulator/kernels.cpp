@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -47,7 +48,7 @@ class Test : Problem<T> {
   using Problem<T>::x_, Problem<T>::dy_, Problem<T>::extra_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
-  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit;
+  using Problem<T>::lost, Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit;
 
  public:
   using Problem<T>::Problem;
@@ -177,9 +178,9 @@ class Test : Problem<T> {
         const Exact mean_error = s.mean_error * s.std, var_error = s.var_error * s.std * s.std;
         if (op == "moments") {
           const Exact squares = s.var + s.mean * s.mean;
-          check("sums: n * mean", c, sums_out[c], n * s.mean, n * mean_error);
-          check("sums: squares", c, sums_out[channels + c], n * squares,
-                n * (var_error + 2 * std::fabs(s.mean) * mean_error + 4 * kMergeUnit * squares));
+          check_rounded<double>("sums: n * mean", c, sums_out[c], n * s.mean, n * mean_error);
+          check_rounded<double>("sums: squares", c, sums_out[channels + c], n * squares,
+                                n * (var_error + 2 * std::fabs(s.mean) * mean_error + 4 * kMergeUnit * squares));
           check("sums: n", c, sums_out[2 * channels], n, 0);
         } else if (!scales) {
           check_rounded<double>("mean", c, stats[c], s.mean, mean_error);
@@ -196,7 +197,8 @@ class Test : Problem<T> {
         const Statistics& s = all[c];
         const Exact xhat = (widen(x_[i]) - s.mean) / s.std, scaled = weight_.get(c) * xhat,
                     bias = scales ? 0 : bias_.get(c), extra = Hook::kExtra ? widen(extra_[i]) : 0;
-        const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error();
+        const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
+                            lost(widen(x_[i]), s.mean, weight_.get(c) / s.std);
         const Exact terms = std::fabs(scaled) + std::fabs(bias) + std::fabs(extra) + error;
         check_rounded<T>("y", i, widen(y[i]), Hook()(scaled + bias, extra), error + 4 * kUnit * terms);
       }
@@ -276,8 +278,11 @@ class Test : Problem<T> {
         const Exact scale = weight_.get(c) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;
+        const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = std::fabs(dy(i)) + terms;
         check_rounded<T>("dx", i, widen(dx[i]), scale * (dy(i) - average),
-                         scale * (4 * kUnit * std::fabs(dy(i)) + rounding * terms));
+                         scale * (4 * kUnit * std::fabs(dy(i)) + rounding * terms +
+                                  (training ? lost(widen(x_[i]), all[c].mean, slope) : 0)) +
+                             std::numeric_limits<A>::denorm_min() * bracket / 2);
       }
     }
   }
