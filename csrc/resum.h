@@ -47,15 +47,17 @@ BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {
   return {(rough + shift) / unit, squares.value() - deviations.value() * shift, unit};
 }
 
-// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. x - mean alone may overflow.
+// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. Neither x - mean nor part of a sum
+// overflows where the sum does not: the terms are those times a power of two that is less than 1 / n.
 template <typename Dy, typename X>
 BATCHNORM_EXT_HD GradSums resum_grads(int64_t n, double mean, double invstd, const Dy& dy, const X& x) {
+  constexpr double down = 0x1p-128, up = 0x1p128;
   Sum dbias, dweight;
   for (int64_t i = 0; i < n && !(dbias.is_nan() && dweight.is_nan()); ++i) {
-    dbias.add(dy(i));
-    dweight.add(dy(i) * (2 * ((x(i) / 2 - mean / 2) * invstd)));
+    dbias.add(down * dy(i));
+    dweight.add(dy(i) * ((down * x(i) - down * mean) * invstd));
   }
-  return {dbias.value(), dweight.value()};
+  return {up * dbias.value(), up * dweight.value()};
 }
 
 }  // namespace batchnorm_ext

@@ -88,4 +88,4 @@ def large_values(
     info = torch.finfo(torch.promote_types(dtype, torch.float32))
     overflows = (mean.abs() >= info.max * info.eps / 4) & (reach >= info.max / 2)
     rounding = info.eps / 2 * (mean * factor).abs()
-    return info.tiny * info.eps * x / 2 + torch.where(overflows, rounding, 0.0)
+    return info.tiny * info.eps * (x / 2 + mean.abs() / 2) + torch.where(overflows, rounding, 0.0)

@@ -98,12 +98,13 @@ template <typename S>
 void check_rounded(const char* name, int64_t at, Exact actual, Exact expected, Exact bound) {
   constexpr bool half = std::is_same_v<S, __half>;
   // From where on infinity is as near.
-  constexpr Exact largest = half             ? 65520
-                            : sizeof(S) == 8 ? std::numeric_limits<double>::max()
-                                             : std::numeric_limits<float>::max();
-  constexpr Exact subnormal = half ? 0x1p-25L : 0x1p-134L;  // half their distance; bfloat16's, where float's is finer
-  if (std::fabs(expected) >= largest) expected = std::copysign(std::numeric_limits<Exact>::infinity(), expected);
-  check(name, at, actual, expected, bound + kRounding<S> * std::fabs(expected) + subnormal);
+  constexpr Exact least_infinite = half ? 65520 : (2 - kRounding<S>)*(sizeof(S) == 8 ? 0x1p1023L : 0x1p127L);
+  // Half the distance between subnormal numbers, or all of it where the bound may be of fp64.
+  constexpr Exact subnormal = half ? 0x1p-25L : sizeof(S) == 8 ? 0x1p-1074L : sizeof(S) == 4 ? 0x1p-150L : 0x1p-134L;
+  if (std::fabs(expected) >= least_infinite)
+    check(name, at, actual, std::copysign(std::numeric_limits<Exact>::infinity(), expected), 0);
+  else
+    check(name, at, actual, expected, bound + kRounding<S> * std::fabs(expected) + subnormal);
 }
 
 // The same of a value per channel.

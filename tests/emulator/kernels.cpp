@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -29,7 +30,7 @@ class Test : Problem<T> {
   using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
-  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
+  using Problem<T>::lost, Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
 
  public:
   using Problem<T>::Problem;
@@ -166,7 +167,8 @@ class Test : Problem<T> {
         const Statistics& s = all[c];
         const Exact xhat = (widen(x_[i]) - s.mean) / s.std, scaled = weight_.get(c) * xhat,
                     bias = scales ? 0 : bias_.get(c);
-        const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error();
+        const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
+                            lost(widen(x_[i]), s.mean, weight_.get(c) / s.std);
         const Exact terms = std::fabs(scaled) + std::fabs(bias) + error;
         check_rounded<T>("y", i, widen(y[i]), scaled + bias, error + 4 * kUnit * terms);
       }
@@ -243,8 +245,11 @@ class Test : Problem<T> {
         const Exact scale = weight_.get(c) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;
+        const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = std::fabs(dy(i)) + terms;
         check_rounded<T>("dx", i, widen(dx[i]), scale * (dy(i) - average),
-                         scale * (4 * kUnit * std::fabs(dy(i)) + rounding * terms));
+                         scale * (4 * kUnit * std::fabs(dy(i)) + rounding * terms +
+                                  (training ? lost(widen(x_[i]), all[c].mean, slope) : 0)) +
+                             std::numeric_limits<A>::denorm_min() * bracket / 2);
       }
     }
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -37,7 +38,7 @@ class Problem {
         eps_(settings.is("data", "tiny") ? 1e-5 * kTiny * kTiny : 1e-5),
         random_(static_cast<unsigned>(settings.number("data_seed"))),
         x_(values(settings.text("data"))),
-        dy_(values("normal")),
+        dy_(values(settings.text("gradient"))),
         weight_(parameters(0.5, 1.5)),
         bias_(parameters(-1, 1)),
         running_mean_(parameters(-1, 1)),
@@ -51,6 +52,11 @@ class Problem {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr double kFar = kHalf ? 1e3 : 1e4, kOutlier = kHalf ? 1e4 : 1e6, kHuge = kHalf ? 0x1p10 : 1e30,
                           kTiny = kHalf ? 0x1p-16 : 1e-30;
+  // The largest number, and what a few of overflow a sum in fp32; sums in fp64 hold it.
+  static constexpr double kLimit = kHalf                              ? 65504
+                                   : std::is_same_v<T, __nv_bfloat16> ? 0x1.FEp127
+                                                                      : std::numeric_limits<A>::max(),
+                          kLoud = std::is_same_v<T, double> ? 1e290 : kLimit / 16;
 
   int64_t channel_of(int64_t i) const { return i / g_.inner % g_.stats; }
 
@@ -68,6 +74,9 @@ class Problem {
       if (kind == "constant") value = centre[c];
       if (kind == "huge") value *= kHuge;
       if (kind == "tiny") value *= kTiny;
+      if (kind == "loud") value = kLoud * std::clamp(normal(random_), -4.0, 4.0);
+      if (kind == "limit") value = kLimit * std::clamp(2 * value, -1.0, 1.0);
+      if (kind == "spike") value = kLimit * (first ? -1.0 : 0.9);
       if (kind == "nan" && c == 0 && i == g_.numel() - g_.stats * g_.inner) value = NAN;
       if (kind == "inf" && c == 0 && first) value = INFINITY;
       buffer[i] = narrow<T>(static_cast<A>(value));
@@ -80,6 +89,14 @@ class Problem {
     std::uniform_real_distribution<double> uniform(from, to);
     for (int64_t c = 0; c < g_.stats; ++c) result.set(c, uniform(random_));
     return result;
+  }
+
+  // What (x - mean) * factor may lose besides, in A: a factor below the smallest normal number is rounded to a multiple
+  // of the smallest one, and where x - mean may overflow the map is x * factor - mean * factor.
+  Exact lost(Exact x, Exact mean, Exact factor) const {
+    const Exact least = std::numeric_limits<A>::denorm_min(), largest = std::numeric_limits<A>::max();
+    const bool overflows = std::fabs(mean) >= largest * kUnit / 2;
+    return least / 2 * (std::fabs(x) + std::fabs(mean)) + (overflows ? kUnit * std::fabs(mean * factor) : 0);
   }
 
   // Sums over each channel of f(element).

@@ -33,22 +33,23 @@ class Settings {
 
  private:
   std::map<std::string, std::string> values_{
-      {"op", "forward"},      // eval moments apply scale, backward eval_backward sums_backward grad_moments grad_apply
-      {"dtype", "f32"},       // f64 f16 bf16
-      {"outer", "2"},         // the geometry
-      {"stats", "3"},         // its channels
-      {"inner", "4"},         // its runs
-      {"data", "normal"},     // shifted outlier constant huge tiny nan inf
-      {"data_seed", "1"},     // of all numbers
-      {"aligned", "1"},       // 0: tensors start off the alignment of packs
-      {"parameters", "f32"},  // same: of the type of the input
-      {"momentum", "0.25"},   // none: the cumulative average
-      {"total", "-1"},        // elements behind the sums that apply and grad_apply get; -1: twice those at hand
-      {"plan", ""},           // as BATCHNORM_EXT_CUDA_PLAN
-      {"sms", "4"},           // the device
-      {"shared", "131072"},   // its shared memory, in bytes
-      {"cooperative", "1"},   // 0: it has no cooperative launches
-      {"seed", "1"},          // of the schedule
+      {"op", "forward"},       // eval moments apply scale, backward eval_backward sums_backward grad_moments grad_apply
+      {"dtype", "f32"},        // f64 f16 bf16
+      {"outer", "2"},          // the geometry
+      {"stats", "3"},          // its channels
+      {"inner", "4"},          // its runs
+      {"data", "normal"},      // shifted outlier constant huge tiny loud limit spike nan inf
+      {"gradient", "normal"},  // loud
+      {"data_seed", "1"},      // of all numbers
+      {"aligned", "1"},        // 0: tensors start off the alignment of packs
+      {"parameters", "f32"},   // same: of the type of the input
+      {"momentum", "0.25"},    // none: the cumulative average
+      {"total", "-1"},         // elements behind the sums that apply and grad_apply get; -1: twice those at hand
+      {"plan", ""},            // as BATCHNORM_EXT_CUDA_PLAN
+      {"sms", "4"},            // the device
+      {"shared", "131072"},    // its shared memory, in bytes
+      {"cooperative", "1"},    // 0: it has no cooperative launches
+      {"seed", "1"},           // of the schedule
   };
 };
 
