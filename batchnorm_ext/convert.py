@@ -84,8 +84,8 @@ def convert_sync_batchnorm(
             return None
         own_group = getattr(layer, "process_group", None)
         layer.process_group = own_group if process_group is None else process_group
-        layer.name = name or kind.__name__
-        layer.origin = kind, own_group
+        layer._batchnorm_ext_name = name or kind.__name__
+        layer._batchnorm_ext_origin = kind, own_group
         return SyncBatchNorm
 
     return _swap(module, become_sync, lambda layer: not isinstance(layer, SyncBatchNorm))
@@ -118,10 +118,13 @@ def revert(module: Module) -> Module:
     def become_native(layer: nn.Module, kind: type, name: str) -> type | None:
         if kind is not SyncBatchNorm:
             return _NATIVE.get(kind)
-        kind, layer.process_group = layer.origin or (nn.SyncBatchNorm, layer.process_group)
-        added = (
-            ["name", "origin"] if kind is nn.SyncBatchNorm else ["name", "origin", "process_group"]
+        kind, layer.process_group = layer._batchnorm_ext_origin or (
+            nn.SyncBatchNorm,
+            layer.process_group,
         )
+        added = ["_batchnorm_ext_name", "_batchnorm_ext_origin"]
+        if kind is not nn.SyncBatchNorm:
+            added.append("process_group")
         for attribute in added:
             delattr(layer, attribute)
         return kind

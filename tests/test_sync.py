@@ -47,6 +47,7 @@ INPUTS = [
     ((4, 3), "channels_last"),
     ((2, 3, 2), "contiguous"),
     ((2, 3, 2), "channels_last"),
+    ((2, 1, 2, 3), "contiguous"),
 ]
 
 
@@ -319,7 +320,9 @@ def test_without_process_group_it_is_batch_norm():
         batchnorm_ext.SyncBatchNorm(CHANNELS)(torch.randn(1, CHANNELS))
 
 
-@pytest.mark.parametrize("size", [(CHANNELS,), (1, CHANNELS, 2, 2, 2, 2)], ids=len)
-def test_number_of_dimensions(size):
-    with pytest.raises(ValueError, match=f"2D to 5D input .got {len(size)}D"):
-        batchnorm_ext.SyncBatchNorm(CHANNELS)(torch.randn(size))
+def test_one_dimension_is_an_error_as_in_torch():
+    for kind in (batchnorm_ext.SyncBatchNorm, torch.nn.SyncBatchNorm):
+        with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
+            kind(CHANNELS)._check_input_dim(torch.randn(CHANNELS))
+    with pytest.raises(ValueError, match=r"got 1D input"):
+        batchnorm_ext.SyncBatchNorm(CHANNELS)(torch.randn(CHANNELS))

@@ -46,7 +46,7 @@ def test_classes_of_a_tree_and_back():
         kind = batchnorm_ext.SyncBatchNorm if name in BATCH_NORMS else before[name][0]
         assert type(layer) is kind, name
     assert model[1] is model[3] and list(model.state_dict()) == keys
-    assert model[2]["inner"][0].name == "2.inner.0"
+    assert model[2]["inner"][0]._batchnorm_ext_name == "2.inner.0"
     assert convert_sync_batchnorm(model) is model
     assert revert(model) is model
     del before["9"]  # is native now
@@ -142,6 +142,24 @@ def test_copies_and_checkpoints():
     x = torch.randn(2, 3, 4, 4)
     assert_bitwise("y", twin(x), model(x))
     assert [type(m) for m in revert(twin)] == [nn.BatchNorm2d, nn.SyncBatchNorm]
+
+
+@pytest.mark.parametrize("given", [None, object()])
+def test_class_method_is_the_function(given):
+    own = object()
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3, process_group=own))
+    convert = batchnorm_ext.SyncBatchNorm.convert_sync_batchnorm
+    assert convert(model, process_group=given) is model
+    assert [type(layer) for layer in model] == [batchnorm_ext.SyncBatchNorm] * 2
+    assert [layer.process_group for layer in model] == [given, given or own]
+
+
+def test_attributes_that_a_user_has_set_survive():
+    """Layers with a name or an origin of their own lost it."""
+    layer = nn.BatchNorm2d(3)
+    layer.name, layer.origin = "stem", "checkpoint"
+    assert (convert_sync_batchnorm(layer).name, layer.origin) == ("stem", "checkpoint")
+    assert (revert(layer).name, layer.origin) == ("stem", "checkpoint")
 
 
 def test_constructor_is_that_of_torch():
