@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Statistics of the batches tracked last, for each running mean: only of forwards that something may repeat. Enough for
@@ -41,13 +42,20 @@ def track(
     if not remembered:
         return update(input, weight, bias, *state, *options)[0]
     before = [None if tensor is None else tensor.clone() for tensor in state]
-    output, stats = update(input, weight, bias, *state, *options)
+    try:
+        output, stats = update(input, weight, bias, *state, *options)
+    except _StopRecomputationError:  # all has been saved that checkpointing wanted to see
+        copies = [None if tensor is None else tensor.clone() for tensor in before]
+        with torch.no_grad():
+            stats = update(input, weight, bias, *copies, *options)[1]
+        _undo_repetition(stats, remembered, before, state)
+        raise
     _undo_repetition(stats, remembered, before, state)
     return output
 
 
 def _may_be_repeated() -> bool:
-    """Whether the graph of this forward is left for later, which takes the one or the other."""
+    """Whether this forward leaves no graph, or hooks that may make it anew, as checkpointing does."""
     return (
         not torch.is_grad_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -56,7 +64,7 @@ def _may_be_repeated() -> bool:
 
 @torch.no_grad()
 def _undo_repetition(stats, remembered, before, state) -> None:
-    """Restore the state where the statistics are among those remembered; on the device, without waiting for it."""
+    """Restore the state if the statistics are remembered: on the device, which nobody waits for."""
     bits = stats.view(torch.int64)
     seen = [s.view(torch.int64) for s in remembered if s.shape == stats.shape]
     if not seen:
