@@ -38,6 +38,8 @@ WARNINGS = [
 ]
 # at::parallel_for is inlined into the kernels, and serial there without it.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+# A thread may have a stack of 128 KB (musl, OMP_STACKSIZE), most of it for its other callers.
+KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 
 # Every architecture since Ampere; PTX of the last lets later ones compile it themselves.
 ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0 10.0 12.0+PTX")
@@ -79,7 +81,7 @@ def extensions() -> list:
             CppExtension(
                 f"{PACKAGE}._cpu_{name}",
                 sources("csrc/cpu/*.cpp"),
-                extra_compile_args=[*flags, *OPENMP, f"-DCPU_CAPABILITY={name.upper()}", *isa],
+                extra_compile_args=[*flags, *KERNELS, f"-DCPU_CAPABILITY={name.upper()}", *isa],
                 extra_link_args=OPENMP,
             )
         )

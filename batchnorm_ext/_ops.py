@@ -1,4 +1,4 @@
-"""Loads the compiled operators, gives them their fake kernels and says which inputs they take."""
+"""Loads the compiled operators and says which calls they take."""
 
 import functools
 import importlib.util
@@ -7,11 +7,18 @@ import os
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as _functorch_active
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.overrides import (
+    _get_current_function_mode_stack,
+    has_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._device import DeviceContext
 
 logger = logging.getLogger("batchnorm_ext")
 
@@ -38,16 +45,7 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
         )
     from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
 
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    # The environment may ask for less, and then gets exactly what it names.
-    if capability == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:
-        if torch.cpu.get_capabilities().get("avx512_bf16"):
-            capability = "avx512_bf16"
-    for name in (capability, "default"):
-        spec = importlib.util.find_spec(f"batchnorm_ext._cpu_{name}")
-        if spec is not None:
-            torch.ops.load_library(spec.origin)
-            break
+    name = _load_for_this_cpu()
     cuda = importlib.util.find_spec("batchnorm_ext._cuda")
     if cuda is None:
         return name, []
@@ -56,41 +54,77 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
     return name, [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
 
 
+# From the least to the most that a processor may have.
+_INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
+
+
+def _load_for_this_cpu() -> str:
+    """Load the CPU kernels for the most that this CPU has and that was built; the instruction set."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    # The environment may ask for less, and then gets exactly what it names.
+    if capability == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:
+        if torch.cpu.get_capabilities().get("avx512_bf16"):
+            capability = "avx512_bf16"
+    at_most = _INSTRUCTION_SETS.index(capability) if capability in _INSTRUCTION_SETS else 0
+    for name in reversed(_INSTRUCTION_SETS[: at_most + 1]):
+        spec = importlib.util.find_spec(f"batchnorm_ext._cpu_{name}")
+        if spec is not None:
+            torch.ops.load_library(spec.origin)
+            return name
+    raise ImportError(
+        f"batchnorm_ext was built without kernels for this CPU ({capability}): rebuild it with "
+        "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+    )
+
+
 _instruction_set, _cuda_architectures = _load()
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
-# Integers are among them because the operator's own error for them is the clear one.
-_DTYPES = frozenset(
-    (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
-)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
+_native_batch_norm = F.batch_norm
 
 
-def takes(input: Tensor) -> bool:
-    """Whether the operators take this input here and now; if not, use torch's own function."""
+def takes(input: Tensor, *parameters: Tensor | None, exports_native: bool = True) -> bool:
+    """Whether a call goes to the operators, here and now, and not to torch's own function.
+
+    ``parameters`` are the other tensors of the call. What the operators find out by themselves is
+    not asked here: they refuse by NotImplementedError. Only where a
+    compiler traces, which cannot take that back, everything is. ``exports_native`` is false for a
+    call that torch.export does not know how to take over from torch's own layer.
+    """
     if (
-        type(input) in (Tensor, nn.Parameter)
-        and input.dtype in _DTYPES
-        and input.layout is torch.strided
+        type(input) in _PLAIN
         and (input.is_cpu or _has_kernels_for(input.device))
+        and F.batch_norm is _native_batch_norm
+        and not has_torch_function_variadic(input, *parameters)
         and not _functorch_active()
         and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
     ):
         return True
-    reason = refusal(input)
+    reason = refusal(input, *parameters, exports_native=exports_native)
     if reason is not None and not torch.compiler.is_compiling():
-        _log_once(reason)
+        log_once(reason)
     return reason is None
 
 
-def refusal(input: Tensor) -> str | None:
-    """Why the operators don't take this input, or None if they do."""
+def refusal(input: Tensor, *parameters: Tensor | None, exports_native: bool = True) -> str | None:
+    """Why a call does not go to the operators, or None if it does."""
+    if exports_native and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        return "what is traced or exported is to be torch's own"
+    if F.batch_norm is not _native_batch_norm:
+        return "torch.nn.functional.batch_norm has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
+    if not isinstance(input, Tensor):
+        return f"type {type(input).__qualname__}"
     if input.layout is not torch.strided:
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
@@ -99,6 +133,19 @@ def refusal(input: Tensor) -> str | None:
         return f"device {input.device}"
     if _dispatches_in_python(input) and not isinstance(input, FakeTensor | FunctionalTensor):
         return f"tensor subclass {type(input).__qualname__}"
+    if has_torch_function_variadic(input, *parameters) and not torch.compiler.is_compiling():
+        return _overriding(input, *parameters)
+    return None
+
+
+def _overriding(*tensors: Tensor | None) -> str | None:
+    """What overrides torch functions, or None if it is only the default device."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN and has_torch_function((tensor,)):
+            return f"tensor subclass {type(tensor).__qualname__}"
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, DeviceContext):
+            return f"torch function mode {type(mode).__qualname__}"
     return None
 
 
@@ -130,8 +177,8 @@ def _dispatches_in_python(input: Tensor) -> bool:
     return type(input).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-@functools.cache
-def _log_once(reason: str) -> None:
+@functools.lru_cache(maxsize=1000)
+def log_once(reason: str) -> None:
     logger.debug("using torch's own batch normalization: %s", reason)
 
 
@@ -158,66 +205,3 @@ def show_config() -> str:
         f"CPU kernels: {_instruction_set}\n"
         f"CUDA kernels: {cuda}"
     )
-
-
-@torch.library.register_fake("batchnorm_ext::batch_norm")
-def _(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps):
-    return _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked)
-
-
-@torch.library.register_fake("batchnorm_ext::batch_norm_backward")
-def _(dy, x, weight, stats, training, output_mask):
-    _check_devices(x, dy=dy, weight=weight, stats=stats)
-    dx = torch.empty_like(x) if output_mask[0] else None
-    if weight is not None:
-        parameter = weight.new_empty(weight.shape)
-    else:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        parameter = x.new_empty((x.shape[1],), dtype=dtype)
-    dweight = torch.empty_like(parameter) if output_mask[1] else None
-    dbias = parameter.new_empty((x.shape[1],)) if output_mask[2] else None
-    return dx, dweight, dbias
-
-
-@torch.library.register_fake("batchnorm_ext::moments")
-def _(x):
-    return x.new_empty((2 * x.shape[1] + 1,), dtype=torch.float64)
-
-
-@torch.library.register_fake("batchnorm_ext::apply")
-def _(x, weight, bias, running_mean, running_var, num_batches_tracked, sums, momentum, eps):
-    _check_devices(x, sums=sums)
-    return _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked)
-
-
-@torch.library.register_fake("batchnorm_ext::grad_moments")
-def _(dy, x, stats):
-    _check_devices(x, dy=dy, stats=stats)
-    return x.new_empty((2 * x.shape[1],), dtype=torch.float64)
-
-
-@torch.library.register_fake("batchnorm_ext::grad_apply")
-def _(dy, x, weight, stats, grad_sums, count):
-    _check_devices(x, dy=dy, weight=weight, stats=stats, grad_sums=grad_sums, count=count)
-    return torch.empty_like(x)
-
-
-def _fake_forward(x, weight, bias, running_mean, running_var, num_batches_tracked):
-    _check_devices(
-        x,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=num_batches_tracked,
-    )
-    return torch.empty_like(x), x.new_empty((2, x.shape[1]), dtype=torch.float64)
-
-
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(
-                f"batch_norm: expected {name} to be on the device of input, {x.device}, "
-                f"got {tensor.device}"
-            )

@@ -1,9 +1,11 @@
 """The functions of ``torch.nn.functional`` that this library takes over."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
+from batchnorm_ext._tracking import track
 
 __all__ = ["batch_norm"]
 
@@ -56,8 +58,55 @@ def batch_norm(
         >>> y.mean().abs() < 1e-6, (y.var() - 1).abs() < 1e-3
         (tensor(True), tensor(True))
     """
-    if _ops.takes(input):
-        return _ops.batch_norm(
-            input, weight, bias, running_mean, running_var, None, training, momentum, eps
-        )[0]
+    if not torch.jit.is_scripting():
+        if _ops.takes(input, running_mean, running_var, weight, bias) and momentum is not None:
+            return normalize(
+                input, weight, bias, running_mean, running_var, None, training, momentum, eps
+            )
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Call the operator for these arguments; what it does not take goes to torch's function.
+
+    ``momentum`` may be None with ``num_batches_tracked``: the cumulative average.
+    """
+    arguments = (input, weight, bias, running_mean, running_var)
+    options = (num_batches_tracked, training, momentum, eps)
+    if not isinstance(eps, _NUMBER) or not isinstance(momentum, _MOMENTUM):
+        return _by_torch(*arguments, *options)
+    try:
+        if not training or (running_mean is None and running_var is None):
+            return _ops.batch_norm(*arguments, training, eps)[0]
+        if running_mean is not None and running_var is not None:
+            return track(_ops.batch_norm_update, *arguments, num_batches_tracked, momentum, eps)
+    except NotImplementedError as error:
+        if torch.compiler.is_compiling():
+            raise
+        _ops.log_once(str(error).partition("\n")[0])
+    return _by_torch(*arguments, *options)
+
+
+_NUMBER = (float, int)
+_MOMENTUM = (float, int, type(None))
+
+
+def _by_torch(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+) -> Tensor:
+    if num_batches_tracked is not None and momentum is None:
+        momentum = 1 / float(num_batches_tracked + 1)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return output

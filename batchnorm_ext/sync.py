@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops
-from batchnorm_ext.modules import _buffer, _FusedForward
+from batchnorm_ext._tracking import track
+from batchnorm_ext.modules import _FusedForward, _parameter, _statistics, counted
 
 __all__ = ["SyncBatchNorm"]
 
@@ -93,25 +94,25 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         group = self._group() if self.training else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input)
-        if not _ops.takes(input):
+        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
+        mean, var, batches = _statistics(self)
+        if not _ops.takes(input, mean, var, weight, bias, exports_native=False):
+            reason = _ops.refusal(input, mean, var, weight, bias, exports_native=False)
             raise NotImplementedError(
-                f"{self._described(input, group)}: cannot synchronize: {_ops.refusal(input)}"
+                f"{self._described(input, group)}: cannot synchronize: {reason}"
             )
         self._check_input_dim(input)
-        mean = var = batches = None
-        if self.track_running_stats:
-            mean, var = _buffer(self, "running_mean"), _buffer(self, "running_var")
-            batches = _buffer(self, "num_batches_tracked")
-        arguments = (input, self.weight, self.bias, mean, var, batches, self.momentum, self.eps)
-        if torch.compiler.is_compiling():
-            return _ops.sync_batch_norm(*arguments, group.group_name)
-        if _DEBUG:
+        batches, momentum = counted(batches, self.momentum, tracks=mean is not None)
+        if _DEBUG and not torch.compiler.is_compiling():
             _check_ranks(self, group, "forward", input)
-        try:
-            output = _ops.sync_batch_norm(*arguments, group.group_name)
-        except RuntimeError as error:
-            raise type(error)(f"{self._described(input, group)}: {error}") from error
-        if _DEBUG and output.requires_grad:
+        name = f"SyncBatchNorm {self.name}, on rank {group.rank()} of {group.size()}"
+        options = (momentum, self.eps, group.group_name, name)
+        if mean is not None:
+            state = (mean, var, batches)
+            output = track(_ops.sync_batch_norm, input, weight, bias, *state, *options)
+        else:
+            output = _ops.sync_batch_norm(input, weight, bias, None, None, None, *options)[0]
+        if _DEBUG and output.requires_grad and not torch.compiler.is_compiling():
             output.register_hook(lambda _: _check_ranks(self, group, "backward", input))
         return output
 

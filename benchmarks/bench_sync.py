@@ -51,13 +51,13 @@ def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]
 
     def halves() -> None:
         sums = ops.moments(x)
-        y, stats = ops.apply(x, *parameters, sums, 0.1, 1e-5)
+        y, stats = ops.apply_update(x, *parameters, sums, 0.1, 1e-5)
         grads = ops.grad_moments(dy, x, stats)
         dx = ops.grad_apply(dy, x, weight, stats, grads, sums[-1:])
         del y, dx
 
     def fused() -> None:
-        y, stats = ops.batch_norm(x, *parameters, True, 0.1, 1e-5)
+        y, stats = ops.batch_norm_update(x, *parameters, 0.1, 1e-5)
         dx, *_ = ops.batch_norm_backward(dy, x, weight, stats, True, [True] * 3)
         del y, dx
 
@@ -66,7 +66,7 @@ def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]
 
 def free_calls(group, channels: int, device: str) -> Callable[[], object]:
     """What PyTorch takes to send our two messages in a group where they arrive at once."""
-    sizes = 2 * channels + 1, 2 * channels
+    sizes = 4 * channels + 1, 2 * channels
     sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
 
     def run() -> None:
@@ -107,7 +107,7 @@ def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable
 
 def messages(channels: int, ranks: int) -> dict[str, Callable[[], object]]:
     """The single messages of the contestants' forwards."""
-    ours = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    ours = torch.zeros(4 * channels + 1, dtype=torch.float64)
     native = torch.zeros(2 * channels + 1)
     gathered = [torch.empty_like(native) for _ in range(ranks)]
     return {

@@ -39,6 +39,7 @@ NORM_OPS = {
     "aten::batch_norm",
     "aten::native_batch_norm_backward",
     "batchnorm_ext::batch_norm",
+    "batchnorm_ext::batch_norm_update",
     "batchnorm_ext::batch_norm_backward",
 }
 WARMUP = 2

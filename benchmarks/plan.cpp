@@ -1,4 +1,5 @@
-// Says how csrc/cuda/plan.h would cut tensors up for a GPU. Needs neither a GPU nor nvcc.
+// Says how csrc/cuda/plan.h would cut tensors up for a GPU. Needs neither a GPU nor nvcc. Ends with code 2 and a
+// message where BATCHNORM_EXT_CUDA_PLAN is wrong.
 //
 // A line of input describes one launch plan by numbers, in the order of the reads below; a line of output answers it:
 // pattern policy pack ranks teams blocks width relay shared_bytes loaded stored rule. `loaded` and `stored` count
@@ -7,6 +8,7 @@
 
 #include <cstdio>
 #include <iostream>
+#include <stdexcept>
 
 namespace {
 
@@ -36,16 +38,15 @@ Taken taken(const Plan& plan, const Launch& launch) {
   return taken;
 }
 
-}  // namespace
-
-int main() {
+void answer_all() {
+  const Override override = Override::from_text(Override::environment());
   Request request{};
   Device device;
   while (std::cin >> request.geometry.outer >> request.geometry.stats >> request.geometry.inner >>
          request.element_bytes >> request.inputs >> request.coefficients >> request.aligned >> request.reduces >>
          request.maps >> device.architecture >> device.sms >> device.shared_per_sm >> device.shared_per_block >>
          device.l2 >> device.cooperative) {
-    const Plan plan = Planner(request, device, Override::from_text(Override::environment())).plan();
+    const Plan plan = Planner(request, device, override).plan();
     const Shape& s = plan.first.shape;
     const int64_t all_channels = plan.pattern == Pattern::kRow ? s.geometry.stats * plan.pack : s.stride;
     const Taken first = taken(plan, plan.first);
@@ -62,5 +63,16 @@ int main() {
                 s.relay, static_cast<long long>(plan.first.shared_bytes),
                 static_cast<long long>(request.inputs * loaded * all_channels),
                 static_cast<long long>(stored * all_channels), plan.rule);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    answer_all();
+  } catch (const std::invalid_argument& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
   }
 }

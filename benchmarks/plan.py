@@ -1,7 +1,8 @@
 """What the CUDA kernels would do on a GPU, from their own launch plans: no GPU, no nvcc.
 
 The plans come from a small program around csrc/cuda/plan.h, compiled at first use. The environment
-variable BATCHNORM_EXT_CUDA_PLAN changes them as it changes those of the kernels.
+variable BATCHNORM_EXT_CUDA_PLAN changes them as it changes those of the kernels; a wrong one is a
+ValueError.
 """
 
 import os
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "benchmarks" / "plan.cpp"
 HEADERS = [
     ROOT / "csrc" / "geometry.h",
-    *(ROOT / "csrc" / "cuda" / h for h in ("plan.h", "shape.h")),
+    *(ROOT / "csrc" / "cuda" / h for h in ("plan.h", "override.h", "shape.h")),
 ]
 PROGRAM = ROOT / "build" / "plan"
 
@@ -118,9 +119,11 @@ def plans(requests: Sequence[Request], gpu: Gpu, override: str = "") -> list[Pla
         input="\n".join(lines),
         text=True,
         capture_output=True,
-        check=True,
         env=environment,
     )
+    if done.returncode == 2:
+        raise ValueError(done.stderr.strip())
+    done.check_returncode()
     result = []
     for request, line in zip(requests, done.stdout.splitlines(), strict=True):
         pattern, policy, *numbers, rule = line.split(maxsplit=11)

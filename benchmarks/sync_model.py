@@ -42,10 +42,10 @@ def all_gather(ranks: int, size: int, tree: bool = False) -> tuple[float, float]
 
 # The messages of one layer and step, with C channels: (algorithm, bytes).
 MESSAGES = {
-    "ours": lambda c: [(all_reduce, 8 * (2 * c + 1)), (all_reduce, 8 * 2 * c)],
+    "ours": lambda c: [(all_reduce, 8 * (4 * c + 1)), (all_reduce, 8 * 2 * c)],
     "native's algorithm": lambda c: [(all_gather, 4 * (2 * c + 1)), (all_reduce, 4 * 2 * c)],
     "two all-reduces": lambda c: [
-        *[(all_reduce, 8 * c), (all_reduce, 8 * (c + 1))],
+        *[(all_reduce, 8 * 2 * c), (all_reduce, 8 * (2 * c + 1))],
         *[(all_reduce, 8 * c)] * 2,
     ],
 }
@@ -75,10 +75,11 @@ def fit(rows: Iterable[dict]) -> Model:
     """Least squares of the relative errors, over all messages that were timed."""
     terms, times = [], []
     for row in rows:
-        values = 2 * row["shape"][1] + 1
+        channels = row["shape"][1]
         for name, seconds in row["messages"].items():
             algorithm, dtype = name.split()
-            size = values * getattr(np, dtype)().itemsize
+            # those of bench_sync.py: ours in float64, native's in float32
+            size = 8 * (4 * channels + 1) if dtype == "float64" else 4 * (2 * channels + 1)
             terms.append(
                 {"all_reduce": all_reduce, "all_gather": all_gather}[algorithm](row["ranks"], size)
             )

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 ops = torch.ops.batchnorm_ext
 MOMENTUM, EPS = 0.1, 1e-5
@@ -22,7 +23,8 @@ class Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, group, exchange, exchange_back):
         sums = exchange(ops.moments(x), group)
-        y, stats = ops.apply(x, weight, bias, running_mean, running_var, None, sums, MOMENTUM, EPS)
+        state = running_mean, running_var, None
+        y, stats = ops.apply_update(x, weight, bias, *state, sums, MOMENTUM, EPS)
         ctx.save_for_backward(x, weight, stats, sums[-1:])
         ctx.group, ctx.exchange_back = group, exchange_back
         return y
@@ -40,19 +42,20 @@ class Synchronized(torch.autograd.Function):
 def gather_statistics(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Forward in torch.nn.SyncBatchNorm, which refuses CPU tensors: all_gather of [mean, invstd,
     count] in the dtype of the statistics, ranks without elements masked out, then the merge."""
-    channels = sums.numel() // 2
-    mean, square, count = sums.split([channels, channels, 1])
-    mean = mean / count
-    invstd = (square / count - mean.square() + EPS).rsqrt()
+    count = sums[-1:]
+    channels = sums.numel() // 4
+    mean, square = sums[:-1].view(2, 2, channels).sum(1) / count
+    invstd = (square - mean.square() + EPS).rsqrt()
     combined = torch.cat([mean, invstd, count]).float()
     gathered = [torch.empty_like(combined) for _ in range(group.size())]
     dist.all_gather(gathered, combined, group=group)
     means, invstds, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
     mask = counts.squeeze(-1) >= 1
     means, invstds, counts = means[mask].double(), invstds[mask].double(), counts[mask].double()
-    # merged in the form that the local kernel takes
+    # merged in the form that the local kernel takes, where each sum has a second part
     squares = invstds.pow(-2) - EPS + means.square()
-    return torch.cat([torch.cat([means, squares], 1).mul(counts).sum(0), counts.sum(0)])
+    merged = torch.stack([means, squares], 1).mul(counts[:, None]).sum(0)
+    return torch.cat([F.pad(merged[:, None], (0, 0, 0, 1)).flatten(), counts.sum(0)])
 
 
 def add_in_float32(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -64,7 +67,7 @@ def add_in_float32(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def add_each_moment(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The same sums as ours, each moment in a message of its own."""
-    for part in sums.chunk(2):
+    for part in sums.tensor_split([sums.numel() // 2]):
         dist.all_reduce(part, group=group)
     return sums
 

@@ -4,14 +4,13 @@
 
 For each case first the policy and the width of a group, then the blocks of a team, then who adds
 up their sums; plans that come out the same are timed once. What is left is a dispatch table: the
-plan of the rules, the best one found, and what it would gain. Plans are forced by the environment
-variable BATCHNORM_EXT_CUDA_PLAN, which the kernels read at every call.
+plan of the rules, the best one found, and what it would gain. A best plan can be tried in any
+program with the environment variable BATCHNORM_EXT_CUDA_PLAN.
 """
 
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,6 @@ from results import shape_name
 from tables import Table, duration, ratio
 from timing import interleaved
 
-VARIABLE = "BATCHNORM_EXT_CUDA_PLAN"
 ROUNDS = 5
 AT_ONCE = 6  # graphs, each of which has its outputs in memory
 WIDTHS = (8, 16, 32, 64, 128, 256)
@@ -45,11 +43,12 @@ RELAYS = (1, 1 << 30)  # always; never
 
 @contextmanager
 def forced(override: str) -> Iterator[None]:
-    os.environ[VARIABLE] = override
+    override_plan = torch.ops.batchnorm_ext._override_cuda_plan
+    before = override_plan(override)
     try:
         yield
     finally:
-        del os.environ[VARIABLE]
+        override_plan(before)
 
 
 def this_gpu() -> Gpu:

@@ -1,18 +1,17 @@
 // Autocast: the input stays in the dtype it comes in, since the kernels take every mix; half-precision affine
 // parameters are raised to fp32, so that statistics, parameters and their gradients never drop below it.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
-#include <tuple>
+
+#include "ops.h"
 
 namespace batchnorm_ext {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 OptionalTensor raised(const OptionalTensor& parameter) {
   if (!parameter) return parameter;
@@ -20,26 +19,33 @@ OptionalTensor raised(const OptionalTensor& parameter) {
   return dtype == at::kHalf || dtype == at::kBFloat16 ? parameter->to(at::kFloat) : parameter;
 }
 
-// The operators that share the arguments (x, weight, bias, ...).
-constexpr char kBatchNorm[] = "batchnorm_ext::batch_norm", kSyncBatchNorm[] = "batchnorm_ext::sync_batch_norm";
+template <at::DeviceType device>
+c10::impl::ExcludeDispatchKeyGuard without_autocast() {
+  return c10::impl::ExcludeDispatchKeyGuard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+}
 
-template <at::DeviceType device, const char* name, typename Result, typename... Rest>
-Result with_raised_parameters(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, Rest... rest) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow(name, "")
-                             .typed<Result(const Tensor&, const OptionalTensor&, const OptionalTensor&, Rest...)>();
-  return op.call(x, raised(weight), raised(bias), rest...);
+template <at::DeviceType device>
+Normalized forward(const Operands& o, const Spec& s) {
+  const auto guard = without_autocast<device>();
+  const OptionalTensor weight = raised(o.weight), bias = raised(o.bias);
+  return call_forward({o.x, weight, bias, o.running_mean, o.running_var, o.num_batches_tracked, kNone}, s);
+}
+
+template <at::DeviceType device>
+Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                           std::string group, std::string layer) {
+  const auto guard = without_autocast<device>();
+  static const auto op = find_operator<decltype(sync_batch_norm<device>)>("batchnorm_ext::sync_batch_norm");
+  return op.call(x, raised(weight), raised(bias), running_mean, running_var, num_batches_tracked, momentum, eps, group,
+                 layer);
 }
 
 template <at::DeviceType device>
 void register_on(torch::Library& m) {
-  m.impl("batch_norm",
-         with_raised_parameters<device, kBatchNorm, std::tuple<Tensor, Tensor>, const OptionalTensor&,
-                                const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double>);
-  m.impl("sync_batch_norm",
-         with_raised_parameters<device, kSyncBatchNorm, Tensor, const OptionalTensor&, const OptionalTensor&,
-                                const OptionalTensor&, std::optional<double>, double, std::string>);
+  register_forward<forward<device>>(m);
+  m.impl("sync_batch_norm", sync_batch_norm<device>);
 }
 
 }  // namespace

@@ -1,15 +1,20 @@
-// Derivatives of the ops. The kernels are reached through the dispatcher, so that tracing sees them.
+// Derivatives, one autograd function for statistics of the batch at hand and of all ranks. The kernels are reached
+// through the dispatcher, so that tracing sees them one by one.
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <array>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
-#include "double_backward.h"
-#include "functions.h"
+#include "checks.h"
+#include "gradient.h"
+#include "ops.h"
+#include "ranks.h"
 
 namespace batchnorm_ext {
 namespace {
@@ -18,111 +23,183 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                           const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool,
-                                           std::optional<double>, double);
-using Backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                                    bool, std::array<bool, 3>);
+bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
 
-const auto& forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm_ext::batch_norm", "").typed<Forward>();
-  return op;
+template <typename... Tensors>
+bool is_differentiated(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
-const auto& backward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("batchnorm_ext::batch_norm_backward", "").typed<Backward>();
-  return op;
-}
-
-struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                               const Tensor& stats, bool training, std::array<bool, 3> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({dy, x, weight.value_or(Tensor()), stats});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["output_mask"] = output_mask;
-    return defined(backward_op().call(dy, x, weight, stats, training, output_mask));
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& wanted) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto average = [](const variable_list& values) {
-      variable_list averages;
-      for (const Tensor& v : values) averages.push_back(v.mean(reduced_dims(v), /*keepdim=*/true));
-      return averages;
-    };
-    variable_list result = double_backward(spread(wanted, ctx->saved_data["output_mask"].toBoolList()), saved[0],
-                                           saved[1], saved[2], saved[3], ctx->saved_data["training"].toBool(), average);
-    result.resize(6);
-    return result;
-  }
+// What a backward takes but for dy. `count`, the elements per channel on all ranks, is undefined for a batch alone.
+struct Saved {
+  Tensor x;
+  OptionalTensor weight;
+  Tensor stats, count;
+  bool training;
+  std::optional<at::ScalarType> bias_dtype;
 };
 
-struct BatchNorm : torch::autograd::Function<BatchNorm> {
-  // The statistics have no derivative of their own, and leave beside the outputs: each of these costs the graph.
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                        const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-                        double eps, Tensor* stats) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y;
-    std::tie(y, *stats) =
-        forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), *stats});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["has_bias"] = bias.has_value();
+Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
+  const auto average = [&](const variable_list& values) {
+    variable_list averages;
+    if (ranks.alone()) {
+      for (const Tensor& v : values) averages.push_back(v.mean(reduced_dims(v), /*keepdim=*/true));
+      return averages;
+    }
+    for (const Tensor& v : values) averages.push_back(v.sum(reduced_dims(v), /*keepdim=*/false, at::kDouble));
+    averages = (SumOverRanks::apply(at::cat(averages), ranks.group) / saved.count).chunk(values.size());
+    for (size_t i = 0; i < values.size(); ++i)
+      averages[i] = along_channels(averages[i].to(values[i].scalar_type()), values[i]);
+    return averages;
+  };
+  return differentiable_gradients(dy, saved.x, saved.weight, saved.stats, saved.training, saved.bias_dtype, mask,
+                                  average);
+}
+
+// By the kernels. Over ranks, the gradients of the parameters stay those of this rank, and are made while the message
+// is on its way.
+Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
+  const auto& [x, weight, stats, count, training, bias_dtype] = saved;
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype);
+  const Tensor sums = call_grad_moments(dy, x, stats);
+  Tensor pending, dx;
+  if (mask[0]) pending = all_reduce(sums, ranks.group);
+  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
+  const Tensor local = sums.view({2, -1});
+  if (mask[1]) dweight.view(-1).copy_(local[1]);
+  if (mask[2]) dbias.copy_(local[0]);
+  if (mask[0]) dx = call_grad_apply(dy, x, weight, stats, wait(pending), count);
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
+}
+
+Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
+  if (is_differentiated(dy, saved.x, saved.weight)) return gradients_by_operators(dy, saved, ranks, mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return gradients_by_kernels(dy, saved, ranks, mask);
+}
+
+struct Outputs {
+  Tensor y, stats, count;
+};
+
+Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  Outputs outputs;
+  if (ranks.alone()) {
+    std::tie(outputs.y, outputs.stats) = call_forward(o, s);
+    return outputs;
+  }
+  check_operands(o, s);  // before the other ranks are told anything
+  const OptionalTensor sums = wait(all_reduce(call_moments(o.x), ranks.group));
+  std::tie(outputs.y, outputs.stats) = call_forward(
+      {o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums}, s);
+  outputs.count = sums->slice(0, -1);
+  return outputs;
+}
+
+struct Call {
+  const Operands& operands;
+  const Spec& spec;
+  const Ranks& ranks;
+};
+
+// Its inputs are what has a gradient; the rest comes in `call`, which autograd does not look at.
+struct Norm : torch::autograd::Function<Norm> {
+  static constexpr bool is_traceable = true;
+
+  // The statistics have no derivative of their own, and leave beside the output: each output costs the graph.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                        const Call& call, Tensor* stats) {
+    auto [y, statistics, count] = batchnorm_ext::forward(call.operands, call.spec, call.ranks);
+    ctx->set_materialize_grads(!call.ranks.alone());  // the other ranks count on this one's message
+    ctx->save_for_backward({x, weight, statistics, count});
+    ctx->saved_data["training"] = call.spec.training;
+    if (weight.defined()) ctx->saved_data["weight"] = weight.scalar_type();
+    if (bias.defined()) ctx->saved_data["bias"] = bias.scalar_type();
+    if (!call.ranks.alone()) {
+      ctx->saved_data["group"] = call.ranks.group;
+      ctx->saved_data["layer"] = call.ranks.layer;
+    }
+    *stats = std::move(statistics);
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(10);
+    variable_list result(5);
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const auto output_mask = wanted_gradients(ctx, saved[1].defined(), ctx->saved_data["has_bias"].toBool());
-    auto [dx, dweight, dbias] = backward_op().call(dy, saved[0], optional(saved[1]), saved[2],
-                                                   ctx->saved_data["training"].toBool(), output_mask);
-    result[0] = std::move(dx);
-    result[1] = std::move(dweight);
-    result[2] = std::move(dbias);
+    const Ranks ranks = ranks_of(ctx);
+    const auto run = [&] {
+      return gradients(dy, unpack(ctx, dy), ranks,
+                       {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    };
+    std::tie(result[0], result[1], result[2]) = ranks.alone() ? run() : ranks.named("backward", dy, run);
     return result;
+  }
+
+ private:
+  static Ranks ranks_of(AutogradContext* ctx) {
+    const auto group = ctx->saved_data.find("group");
+    if (group == ctx->saved_data.end()) return {};
+    return {group->second.toStringRef(), ctx->saved_data["layer"].toStringRef()};
+  }
+
+  // Hooks on saved tensors may have left them in another precision, as compression does.
+  static Saved unpack(AutogradContext* ctx, const Tensor& dy) {
+    const auto dtype = [&](const char* name) -> std::optional<at::ScalarType> {
+      const auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? std::nullopt : std::optional(found->second.toScalarType());
+    };
+    const auto in = [](const Tensor& tensor, at::ScalarType to) {
+      return !tensor.defined() || tensor.scalar_type() == to ? tensor : tensor.to(to);
+    };
+    const variable_list saved = ctx->get_saved_variables();
+    return {in(saved[0], dy.scalar_type()),
+            optional(in(saved[1], dtype("weight").value_or(at::kFloat))),
+            in(saved[2], at::kDouble),
+            in(saved[3], at::kDouble),
+            ctx->saved_data["training"].toBool(),
+            dtype("bias")};
   }
 };
 
-std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                      const OptionalTensor& num_batches_tracked, bool training,
-                                      std::optional<double> momentum, double eps) {
-  if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(weight) || requires_grad(bias))) {
+Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
+  if (is_differentiated(o.x, o.weight, o.bias)) {
     Tensor stats;
-    Tensor y = BatchNorm::apply(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-                                eps, &stats);
+    Tensor y = Norm::apply(o.x, o.weight.value_or(Tensor()), o.bias.value_or(Tensor()), Call{o, s, ranks}, &stats);
     return {std::move(y), std::move(stats)};
   }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return forward_op().call(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+  auto [y, stats, count] = forward(o, s, ranks);
+  return {std::move(y), std::move(stats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                                       const Tensor& stats, bool training,
-                                                       std::array<bool, 3> output_mask) {
-  if (at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(x) || requires_grad(weight))) {
-    variable_list out = spread(BatchNormBackward::apply(dy, x, weight, stats, training, output_mask), output_mask);
-    return {std::move(out[0]), std::move(out[1]), std::move(out[2])};
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return backward_op().call(dy, x, weight, stats, training, output_mask);
+Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
+
+Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
+                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
+  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype}, {}, mask);
+}
+
+Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                           const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                           std::string group, std::string layer) {
+  const Ranks ranks{std::move(group), std::move(layer)};
+  return ranks.named("forward", x, [&] {
+    const bool update = running_mean && running_var;
+    return normalize({x, weight, bias, running_mean, running_var, num_batches_tracked, kNone},
+                     {true, eps, update, momentum}, ranks);
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
-  m.impl("batch_norm", batch_norm);
+  register_forward<normalize_alone>(m);
   m.impl("batch_norm_backward", batch_norm_backward);
 }
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) { m.impl("sync_batch_norm", sync_batch_norm); }
 
 }  // namespace batchnorm_ext

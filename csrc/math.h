@@ -1,7 +1,9 @@
 // The scalar arithmetic of batch normalization, written once for host and device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define BATCHNORM_EXT_HD __host__ __device__ __forceinline__
@@ -10,6 +12,19 @@
 #endif
 
 namespace batchnorm_ext {
+
+BATCHNORM_EXT_HD bool is_finite(double value) { return std::fabs(value) <= std::numeric_limits<double>::max(); }
+
+// The mean of some values, and their m2 as that of the values times `unit`.
+struct Moments {
+  double mean, scaled_m2, unit = 1;
+
+  BATCHNORM_EXT_HD double m2() const { return scaled_m2 / unit / unit; }
+  BATCHNORM_EXT_HD double m2_over(double n) const { return scaled_m2 / n / unit / unit; }
+  BATCHNORM_EXT_HD double invstd(double n, double eps) const {
+    return unit / std::sqrt(scaled_m2 / n + eps * unit * unit);
+  }
+};
 
 // Merges the moments of two disjoint sets of na and nb elements: (mean, M2) <- (mean, M2) + (mean_b, M2_b), where
 // M2 is the sum of squared deviations from the mean. Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise
@@ -20,28 +35,56 @@ BATCHNORM_EXT_HD void merge_moments(double na, double share, double& mean, doubl
   m2 += m2_b + delta * delta * (na * share);
 }
 
-// y = (x - mean) * scale + shift, with what `mean` lost in rounding to A folded into the shift: a plain
-// x * scale + shift would cancel catastrophically where |mean| is much larger than the standard deviation.
+// Whether x - mean may overflow A. It cannot where |mean| is less than half the distance between the two largest
+// numbers of A, nor for any of the `count` elements that mean and invstd were taken from where sqrt(count) / invstd is
+// in range: |x - mean| <= std * sqrt(count - 1) (Samuelson 1968, "How deviant can you be?"). Of other elements nothing
+// is known: their count is infinity.
+template <typename A>
+BATCHNORM_EXT_HD bool may_overflow(double mean, double invstd, double count) {
+  constexpr double largest = std::numeric_limits<A>::max(), half_ulp = largest * std::numeric_limits<A>::epsilon() / 4;
+  const double room = largest / 2 * invstd;  // half of what there is, for the rounding of the mean
+  return (std::fabs(mean) >= half_ulp) & !(room * room > count);
+}
+
+// The centre of a map from x to (x - mean) * factor: the mean, since x * factor - mean * factor would cancel
+// catastrophically where |mean| is much larger than the standard deviation, or 0 where x - mean may overflow. Of the
+// elements that the mean was taken from, it is less than 2 * sqrt(count) standard deviations away from 0 then, and the
+// map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the last place of
+// the mean. Where |factor| >= 1 the result overflows with x - mean.
+template <typename A>
+BATCHNORM_EXT_HD A centre_of(double mean, double invstd, double count, double factor) {
+  const bool avoids = (std::fabs(factor) < 1) | !is_finite(mean);
+  return avoids & may_overflow<A>(mean, invstd, count) ? A(0) : static_cast<A>(mean);
+}
+
+// (mean - centre) * factor, for a map that multiplies by the factor rounded to A. What this rounding does to x - centre
+// only matters about 0, where it would not be in proportion to x - mean.
+template <typename A>
+BATCHNORM_EXT_HD double off_centre(double mean, A centre, double factor) {
+  return (mean - centre) * (centre == static_cast<A>(mean) ? factor : static_cast<A>(factor));
+}
+
+// y = (x - centre) * scale + shift
 template <typename A>
 struct Affine {
-  A mean, scale, shift;
+  A centre, scale, shift;
 };
 
 template <typename A>
-BATCHNORM_EXT_HD Affine<A> make_affine(double mean, double invstd, double weight, double bias) {
-  const A rounded = static_cast<A>(mean);
+BATCHNORM_EXT_HD Affine<A> make_affine(double mean, double invstd, double weight, double bias, double count) {
   const double scale = weight * invstd;
-  return {rounded, static_cast<A>(scale), static_cast<A>(bias - (mean - rounded) * scale)};
+  const A centre = centre_of<A>(mean, invstd, count, scale);
+  return {centre, static_cast<A>(scale), static_cast<A>(bias - off_centre(mean, centre, scale))};
 }
 
 // The gradient of y = weight * xhat + bias, xhat = (x - mean) * invstd, where mean and invstd depend on x
 // (Ioffe & Szegedy 2015, section 3, the three lines for dl/dsigma^2, dl/dmu, dl/dx put together):
 //   dx = weight * invstd * (dy - avg(dy) - xhat * avg(dy * xhat))
-//      = scale * (dy - (x - mean) * slope - offset)
+//      = scale * (dy - (x - centre) * slope - offset)
 // The factors are kept apart because invstd^2 may leave the range of fp32 where invstd does not.
 template <typename A>
 struct GradAffine {
-  A mean, slope, offset, scale;
+  A centre, slope, offset, scale;
 };
 
 // What one channel's sums say: dot is sum(dy * (x - rounded mean)), sum is sum(dy).
@@ -53,13 +96,23 @@ BATCHNORM_EXT_HD GradSums make_grad_sums(double sum, double dot, double mean, do
   return {sum, (dot - (mean - rounded_mean) * sum) * invstd};
 }
 
+// Whether sums over n elements, in lanes of fp32, may have lost what the channel has: by an overflow, or where products
+// vanish that 1 / std would make visible again. What a channel holds that is not finite is no loss.
+template <typename A>
+BATCHNORM_EXT_HD bool grads_lost(GradSums sums, double n, double mean, double invstd) {
+  const bool any = (sums.dbias != 0) | (sums.dweight != 0), sees = (sizeof(A) == sizeof(float)) & (invstd > 1e10);
+  const bool vanished = any & sees & (std::fabs(sums.dweight) < n * invstd * 1e-30);
+  const bool overflown = !is_finite(sums.dweight) & is_finite(mean) & is_finite(invstd);
+  return vanished | overflown | !is_finite(sums.dbias);
+}
+
 template <typename A>
 BATCHNORM_EXT_HD GradAffine<A> make_grad_affine(GradSums sums, double count, double mean, double invstd,
                                                 double weight) {
-  const A rounded = static_cast<A>(mean);
   const double slope = invstd * (sums.dweight / count);
-  const double offset = sums.dbias / count - (mean - rounded) * slope;
-  return {rounded, static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(weight * invstd)};
+  const A centre = centre_of<A>(mean, invstd, count, slope);
+  const double offset = sums.dbias / count - off_centre(mean, centre, slope);
+  return {centre, static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(weight * invstd)};
 }
 
 }  // namespace batchnorm_ext

@@ -3,38 +3,49 @@
 
 TORCH_LIBRARY(batchnorm_ext, m) {
   // training:    mean = avg(x), invstd = 1 / sqrt(avg((x - mean)^2) + eps)
-  //              running_mean <- (1 - f) * running_mean + f * mean
-  //              running_var  <- (1 - f) * running_var  + f * unbiased variance
-  //              num_batches_tracked <- num_batches_tracked + 1
-  //              with f = momentum, or 1 / num_batches_tracked if momentum is None
   // evaluation:  mean = running_mean, invstd = 1 / sqrt(running_var + eps)
   // y = (x - mean) * invstd * weight + bias,  stats = [mean, invstd] in float64, [2, C]
-  // An empty batch has no statistics and updates nothing.
+  // An empty batch has no statistics (NaN).
   m.def(
-      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) -> (Tensor y, Tensor stats)");
+      "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
+      "float eps) -> (Tensor y, Tensor stats)");
+
+  // batch_norm in training, which also moves the running statistics:
+  //   running_mean <- (1 - f) * running_mean + f * mean
+  //   running_var  <- (1 - f) * running_var  + f * unbiased variance
+  //   num_batches_tracked <- num_batches_tracked + 1
+  // with f = momentum, or 1 / num_batches_tracked if momentum is None. An empty batch moves nothing.
+  m.def(
+      "batch_norm_update(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor y, Tensor stats)");
 
   // xhat = (x - mean) * invstd,  dweight = sum(dy * xhat),  dbias = sum(dy)
   // training:    dx = weight * invstd * (dy - avg(dy) - xhat * avg(dy * xhat))
   // evaluation:  dx = weight * invstd * dy
-  // Only what output_mask = [dx, dweight, dbias] asks for is computed; the rest is undefined (None).
+  // Only what output_mask = [dx, dweight, dbias] asks for is computed; the rest is undefined (None). dweight has the
+  // dtype of weight, dbias that of bias; without one, float32, or float64 for a float64 x.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask, "
+      "ScalarType? bias_dtype=None) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
   // between them. They have no derivatives of their own.
   //
-  // With n elements per channel and M2 = sum((x - mean)^2), in float64, [2C + 1]; zeros for an empty batch:
-  // sums = [n * mean | M2 + n * mean^2 | n]
+  // With n elements per channel, S1 = sum(x) and S2 = sum(x^2), in float64, [4C + 1]; zeros for an empty batch:
+  // sums = [S1, leading bits | S1, rest | S2, leading bits | S2, rest | n]
+  // The two parts of each make up more bits than one value has, so that S2 / n - mean^2 keeps the variance of channels
+  // far from zero, and the leading bits of all batches add up without rounding: sums.h.
   m.def("moments(Tensor x) -> Tensor");
 
   // batch_norm in training with the statistics that the sums, of any number of batches, say:
-  //   mean = sums[:C] / n,  variance = max(0, sums[C:2C] / n - mean^2),  n = sums[2C]
-  // The running statistics are updated even where x is empty, since they are to agree on all ranks. For n == 0 there
-  // are no statistics (NaN) and nothing is updated. For n == 1 there is no unbiased variance: running_var stays.
+  //   mean = S1 / n,  variance = S2 / n - mean^2, or 0 where that is within the rounding of the sums
+  m.def("apply(Tensor x, Tensor? weight, Tensor? bias, Tensor sums, float eps) -> (Tensor y, Tensor stats)");
+
+  // batch_norm_update with such statistics. The running statistics move even where x is empty, since they are to agree
+  // on all ranks. For n == 0 there are no statistics (NaN) and nothing moves. For n == 1 there is no unbiased variance:
+  // running_var stays.
   m.def(
-      "apply(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "apply_update(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor(c!)? num_batches_tracked, Tensor sums, float? momentum, float eps) -> (Tensor y, Tensor stats)");
 
   // grad_sums = [sum(dy) | sum(dy * xhat)] in float64, [2C]; zeros for an empty batch
@@ -43,10 +54,12 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // dx = weight * invstd * (dy - grad_sums[:C] / count - xhat * grad_sums[C:] / count),  count: one float64
   m.def("grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor grad_sums, Tensor count) -> Tensor dx");
 
-  // apply(x, ..., sum of moments(x) over the ranks of the group): batch_norm in training on the batches of all ranks.
-  // In backward too, only sums cross the ranks: dx is as of one loss, the sum of those of all ranks, while dweight and
-  // dbias are what this rank adds to it.
+  // apply(x, ..., sum of moments(x) over the ranks of the group), or apply_update where there are running statistics:
+  // batch_norm in training on the batches of all ranks. In backward too, only sums cross the ranks: dx is as of one
+  // loss, the sum of those of all ranks, while dweight and dbias are what this rank adds to it. Errors begin with
+  // `layer`, which says whose they are.
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name) -> Tensor");
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name, str layer) "
+      "-> (Tensor y, Tensor stats)");
 }

@@ -81,10 +81,12 @@ def set_num_threads():
 
 
 @pytest.fixture
-def plan(request, monkeypatch):
+def plan(request):
     """A plan other than that of the rules, which decide where it is not possible."""
-    monkeypatch.setenv("BATCHNORM_EXT_CUDA_PLAN", request.param)
-    return request.param
+    override_plan = torch.ops.batchnorm_ext._override_cuda_plan
+    before = override_plan(request.param)
+    yield request.param
+    override_plan(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,34 @@ from batchnorm_ext import reference
 from batchnorm_ext.reference import along_channels, reduced_dims
 from cases import AFFINE, LAYOUTS, Case
 
-batch_norm = torch.ops.batchnorm_ext.batch_norm
-batch_norm_backward = torch.ops.batchnorm_ext.batch_norm_backward
+ops = torch.ops.batchnorm_ext
+batch_norm_backward = ops.batch_norm_backward
+
+
+def forward_call(
+    x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+) -> tuple:
+    """The operator that serves these arguments, and its own."""
+    affine = x, weight, bias
+    if training and running_mean is not None:
+        state = running_mean, running_var, num_batches_tracked
+        return ops.batch_norm_update, (*affine, *state, momentum, eps)
+    return ops.batch_norm, (*affine, running_mean, running_var, training, eps)
+
+
+def apply_call(
+    sums, x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+) -> tuple:
+    """The same for statistics from sums."""
+    if running_mean is None:
+        return ops.apply, (x, weight, bias, sums, eps)
+    state = running_mean, running_var, num_batches_tracked
+    return ops.apply_update, (x, weight, bias, *state, sums, momentum, eps)
+
+
+def batch_norm(*arguments) -> tuple[Tensor, Tensor]:
+    op, its_own = forward_call(*arguments)
+    return op(*its_own)
 
 
 def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:

@@ -1,5 +1,7 @@
 """Tensors on other devices, launches that fail, memory that runs out: an error, nothing changed."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -55,7 +57,7 @@ import batchnorm_ext
 
 x, weight = torch.randn(16, 64, 28, 28, device="cuda"), torch.ones(64, device="cuda")
 normalize = lambda: torch.ops.batchnorm_ext.batch_norm(
-    x, weight, None, None, None, None, True, 0.1, 1e-5
+    x, weight, None, None, None, True, 1e-5
 )
 normalize()  # memory and code are there from now on
 try:
@@ -121,3 +123,48 @@ def test_memory_runs_out(device):
 def _limit_memory(device, limit):
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else limit / total)
+
+
+def test_wrong_plan_is_an_error_and_leaves_the_old_one(device):
+    override_plan = torch.ops.batchnorm_ext._override_cuda_plan
+    before = override_plan("policy=split")
+    try:
+        with pytest.raises(
+            ValueError, match="expected ranks to be an integer from 1 to 65535, got '0'"
+        ):
+            override_plan("ranks=0")
+        assert override_plan("margin=1000000") == "policy=split"
+        with pytest.raises(ValueError, match="expected margin to be less than .*, got '1000000'"):
+            make_problem(SHORT[0], device).forward(training=True)
+    finally:
+        override_plan(before)
+
+
+PLANNED = """
+import os, torch
+import batchnorm_ext
+
+x = torch.randn(4, 3, 5, 5, device="cuda")
+normalize = lambda: torch.ops.batchnorm_ext.batch_norm(
+    x, None, None, None, None, True, 1e-5
+)
+try:
+    normalize()
+except ValueError as error:
+    print("refused:", error)
+else:
+    os.environ["BATCHNORM_EXT_CUDA_PLAN"] = "nonsense"
+    normalize()
+    print("read once")
+"""
+
+
+@pytest.mark.parametrize(
+    "plan, printed",
+    [("policy=split", "read once"), ("policy=splt", "refused: .* got 'splt'")],
+)
+def test_environment_is_read_once(plan, printed):
+    command = [sys.executable, "-c", PLANNED]
+    environment = os.environ | {"BATCHNORM_EXT_CUDA_PLAN": plan}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert re.match(printed, done.stdout), done.stdout + done.stderr

@@ -145,7 +145,7 @@ def test_tensor_subclass_is_kept(device):
 
 
 def test_nothing_is_logged_for_what_the_kernels_take(caplog, device):
-    _ops._log_once.cache_clear()  # or what another test has made it say would not be said again
+    _ops.log_once.cache_clear()  # or what another test has made it say would not be said again
     caplog.set_level(logging.DEBUG, logger="batchnorm_ext")
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = torch.randn(2, 3, 4, 5, device=device).to(dtype)

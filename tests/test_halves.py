@@ -1,12 +1,14 @@
 """The halves of training, with sums between them that may be of several batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import tolerances
 from cases import LAYOUTS, TRAINING_CASES, Case
-from support import assert_bitwise, assert_within, check_gradients, make_problem
+from support import apply_call, assert_bitwise, assert_within, check_gradients, make_problem
 from test_operators import CASES
 
 ops = torch.ops.batchnorm_ext
@@ -14,10 +16,15 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def _apply(problem, sums, x=None):
-    tracked = problem.running_mean, problem.running_var, problem.num_batches_tracked
-    x = problem.x if x is None else x
-    affine = problem.weight, problem.bias
-    return ops.apply(x, *affine, *tracked, sums, problem.momentum, problem.eps)
+    op, arguments = _apply_call(problem, sums, x)
+    return op(*arguments)
+
+
+def _apply_call(problem, sums, x=None):
+    x, *rest, training, momentum, eps = replace(problem, x=problem.x if x is None else x).arguments(
+        True
+    )
+    return apply_call(sums, x, *rest, momentum, eps)
 
 
 def _backward(problem, stats, count):
@@ -41,22 +48,17 @@ def test_halves_make_a_whole(case, device):
             assert_bitwise(name, value, before[name])
         return
     ratio = problem.mean_over_std(expected.stats)
-    # sums about zero: the squares of the means, a rounding of which each merge costs
-    about_zero = 16 * EPS * (1 + ratio**2)
-    relative = tolerances.normalized(x.dtype, ratio) + about_zero
+    relative = tolerances.normalized(x.dtype, ratio)
     mean, invstd = expected.stats
     assert_within("mean", stats[0], mean, relative / invstd)
     assert_within("invstd", stats[1], invstd, relative * invstd)
-    scale = max(1.0, expected.y.abs().max().item())
-    bound = tolerances.output(expected.y, x.dtype, ratio) + about_zero * scale
-    assert_within("y", y, expected.y, bound)
+    assert_within("y", y, expected.y, tolerances.output(expected.y, x.dtype, ratio))
     _, fused_stats = (twin := make_problem(case, device)).forward(True)
     for name, value in problem.state.items():
         # twice a rounding apart, where that of the fused operator is right
         same = twin.state[name].double()
-        bound = 2 * tolerances.half_ulp(same, value.dtype) if value.is_floating_point() else 1e-9
-        spread = about_zero * (1 / fused_stats[1].square().min().item() + 1)
-        assert_within(name, value, same, bound + spread)
+        bound = 2 * tolerances.half_ulp(same, value.dtype) if value.is_floating_point() else 0
+        assert_within(name, value, same, bound)
 
     sums, dx = _backward(problem, fused_stats, sums[-1:])
     assert dx.stride() == torch.empty_like(x).stride(), "memory format of dx"
@@ -100,13 +102,69 @@ def test_one_element_has_no_unbiased_variance(device):
     assert problem.num_batches_tracked == before["num_batches_tracked"] + 1
 
 
-def test_variance_is_not_negative(device):
-    """Of a constant far from zero, whose sums cancel."""
-    problem = make_problem(Case((64, 3), dtype=torch.float64, param_dtype=None), device)
-    problem.x.fill_(1 / 3 * 1e6)
-    sums = sum(ops.moments(part) for part in problem.x.split(1))
-    _, stats = _apply(problem, sums)
-    assert (stats[1] <= problem.eps**-0.5).all() and (problem.running_var >= 0).all()
+@pytest.mark.parametrize("sizes", [(64,), [1] * 64, (1, 63, 7, 200, 4096)], ids=len)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_constant_channel_has_no_variance(dtype, sizes, device):
+    """Sums about zero cancel: 1000.1 had a variance of 1e-10, and 1e9 + 0.3 one of 257."""
+    values = [1000.1, 1e9 + 0.3, -1e6 / 3, 1 / 3, 1e-30, 1e-155, 0.0, 1e30]
+    case = Case((sum(sizes), len(values)), dtype=dtype, param_dtype=torch.float32)
+    problem = make_problem(case, device)
+    problem.x.copy_(torch.tensor(values, dtype=torch.float64).expand_as(problem.x))
+    before = problem.state
+    sums = sum(ops.moments(part) for part in problem.x.split(sizes))
+    y, stats = _apply(problem, sums)
+    assert_bitwise("mean", stats[0], problem.x[0].double())
+    assert_bitwise("invstd", stats[1], torch.full_like(stats[1], problem.eps).sqrt().reciprocal())
+    assert_bitwise("y", y, problem.bias.expand_as(y).to(dtype))
+    wanted = 0.9 * before["running_var"].double()
+    assert_bitwise("running_var", problem.running_var, wanted.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(40,), [1] * 40, (1, 32, 2, 5)], ids=len)
+@pytest.mark.parametrize("mean_over_std", [0.0, 1.0, 1e3, 1e5, 1e6, 1e7])
+def test_variance_of_parts_far_from_zero(mean_over_std, sizes, dtype, device):
+    """The distance from zero of a channel costs what it costs the batch as one, and no more."""
+    std = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64, device=device).reshape(-1, 1, 1)
+    centre = mean_over_std * std
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(sum(sizes), 3, 9, 7, generator=generator, dtype=torch.float64).to(device)
+    x = (noise * std + centre).to(dtype)
+    sums = sum(ops.moments(part) for part in x.split(sizes))
+    nothing = [None] * 5
+    _, (mean, invstd) = ops.apply(x, *nothing, sums, 0.1, 1e-30)
+    about_centre = x.double() - centre  # to a rounding of the small difference
+    wanted = about_centre.var([0, 2, 3], unbiased=False)
+    # The means of the parts, which the local layer rounds just as well, and the last bits of the
+    # sums. In float32 the kernel's own sums are far coarser, and see the same deviations.
+    rounding = EPS * (16 + 4 * mean_over_std) + 2**-78 * mean_over_std**2
+    relative = rounding if dtype is torch.float64 else max(rounding, 4e-7)
+    assert_within("variance", invstd.pow(-2), wanted, relative * wanted)
+    deviation = about_centre.mean([0, 2, 3]) - (mean - centre.flatten())
+    assert_within("mean", deviation, torch.zeros(3), relative * wanted.sqrt())
+
+
+def test_sums_that_overflow_are_infinite(device):
+    """As the single doubles were, whose difference to infinity is NaN."""
+    x = torch.full((100, 1), 1e308, dtype=torch.float64, device=device)
+    inf = float("inf")
+    assert ops.moments(x).tolist() == [inf, 0.0, inf, 0.0, 100.0]
+
+
+@pytest.mark.parametrize("values", [[float("inf")], [float("nan")], [float("inf"), -float("inf")]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_part_that_is_not_finite(dtype, values, device):
+    """Makes of the whole what the local layer makes of it, and nothing of other channels."""
+    whole = make_problem(Case((8, 3), dtype=dtype), device)
+    whole.x[: len(values), 1] = torch.tensor(values, dtype=dtype, device=device)
+    whole.forward(training=True)
+    problem = make_problem(Case((8, 3), dtype=dtype), device)
+    problem.x.copy_(whole.x)
+    sums = sum(ops.moments(part) for part in whole.x.split([1, 4, 3]))
+    y, _ = _apply(problem, sums)
+    assert y[:, 1].isnan().all() and y[:, ::2].isfinite().all()
+    for name, value in whole.state.items():
+        torch.testing.assert_close(problem.state[name], value, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +195,9 @@ def test_operators(case, device):
     sums = ops.moments(problem.x)
     _, stats = _apply(problem.clone(), sums)
     grad_sums, _ = _backward(problem, stats, sums[-1:])
-    tracked = problem.running_mean, problem.running_var, problem.num_batches_tracked
-    affine = problem.weight, problem.bias
     check = torch.library.opcheck
     check(ops.moments, (problem.x,))
-    check(ops.apply, (problem.x, *affine, *tracked, sums, problem.momentum, problem.eps))
+    check(*_apply_call(problem, sums))
     check(ops.grad_moments, (problem.dy, problem.x, stats))
     arguments = problem.dy, problem.x, problem.weight, stats, grad_sums, sums[-1:]
     check(ops.grad_apply, arguments)
@@ -167,13 +223,13 @@ def test_fake_tensors_have_the_sizes_and_strides_of_real_ones(layout, device):
 
 
 @pytest.mark.parametrize(
-    "sums", [torch.zeros(6, dtype=torch.float64), torch.zeros(7), torch.zeros(7, 1).double()]
+    "sums", [torch.zeros(12, dtype=torch.float64), torch.zeros(13), torch.zeros(13, 1).double()]
 )
 def test_sums_of_another_kind(sums, device):
     problem = make_problem(Case((4, 3)), device)
     before = problem.state
     sums = sums.to(device)
-    with pytest.raises(RuntimeError, match="expected sums to be 7 contiguous float64 values"):
+    with pytest.raises(RuntimeError, match="expected sums to be 13 contiguous float64 values"):
         _apply(problem, sums)
     for name, value in problem.state.items():
         assert_bitwise(name, value, before[name])
@@ -184,15 +240,3 @@ def test_sums_of_another_kind(sums, device):
     good = torch.zeros(6, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError, match="expected count to be 1 contiguous float64"):
         ops.grad_apply(*arguments, good, good[:2])
-
-
-def test_schema_names_what_it_writes():
-    written = {
-        argument.name
-        for argument in ops.apply.default._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    assert written == {"running_mean", "running_var", "num_batches_tracked"}
-    assert not any(
-        o.default._schema.is_mutable for o in (ops.moments, ops.grad_moments, ops.grad_apply)
-    )

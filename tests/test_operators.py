@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from cases import LAYOUTS, Case
-from support import batch_norm, batch_norm_backward, make_problem
+from support import batch_norm, batch_norm_backward, forward_call, make_problem, ops
 
 CASES = [
     Case((4, 3)),
@@ -33,11 +33,11 @@ def test_forward_operator(case, device):
     for training in (True, False):
         if training or case.track:
             problem = _requiring_grad(make_problem(case, device))
-            torch.library.opcheck(batch_norm, problem.arguments(training))
+            torch.library.opcheck(*forward_call(*problem.arguments(training)))
 
 
 def test_forward_operator_without_gradients(device):
-    torch.library.opcheck(batch_norm, make_problem(CASES[0], device).arguments(True))
+    torch.library.opcheck(*forward_call(*make_problem(CASES[0], device).arguments(True)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -65,19 +65,24 @@ def test_backward_operator_with_gradients(device):
 def test_empty_batch(device):
     """Its statistics are NaN in training, which opcheck takes for a difference between two runs."""
     problem = _requiring_grad(make_problem(Case((0, 3, 4)), device))
-    torch.library.opcheck(batch_norm, problem.arguments(False))
+    torch.library.opcheck(*forward_call(*problem.arguments(False)))
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    torch.library.opcheck(batch_norm, problem.arguments(True), test_utils=tests)
+    torch.library.opcheck(*forward_call(*problem.arguments(True)), test_utils=tests)
 
 
 def test_schema_names_what_it_writes():
-    written = {
-        argument.name
-        for argument in batch_norm.default._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-    assert written == {"running_mean", "running_var", "num_batches_tracked"}
-    assert not batch_norm_backward.default._schema.is_mutable
+    """Evaluation and calls that track nothing have a schema without aliases."""
+    for op in (ops.batch_norm_update, ops.apply_update, ops.sync_batch_norm):
+        written = {
+            argument.name
+            for argument in op.default._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
+        assert written == {"running_mean", "running_var", "num_batches_tracked"}
+    for op in (ops.batch_norm, ops.batch_norm_backward, ops.apply, ops.moments):
+        assert not op.default._schema.is_mutable
+    for op in (ops.grad_moments, ops.grad_apply):
+        assert not op.default._schema.is_mutable
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,5 +1,6 @@
 """The launch plans of the CUDA kernels, as the host would compute them: traffic and limits."""
 
+import re
 from itertools import product
 
 import pytest
@@ -74,11 +75,69 @@ def test_known_plan():
     assert plan.loaded == plan.stored == 16 * 64 * 256 * 256
 
 
+OVERRIDDEN = Request((32, 64, 28, 28), "nhwc", 2, "backward")
+
+
 def test_override():
-    request = Request((32, 64, 28, 28), "nhwc", 2, "backward")
     usual, split, narrow = (
-        plans([request], GPUS["h200"], override)[0] for override in ("", "policy=split", "width=32")
+        plans([OVERRIDDEN], GPUS["h200"], override)[0]
+        for override in ("", "policy=split", "width=32")
     )
     assert (usual.policy, usual.passes, usual.width) == ("grid", 3.0, 64)
     assert (split.policy, split.passes, split.rule) == ("split", 5.0, "override")
     assert narrow.width == 32
+
+
+def test_override_of_every_key():
+    """Of 132 multiprocessors 100 are left to others; 12 teams of 8 fill the rest three times."""
+    override = "margin=100,relay=255,ranks=8,width=32,policy=grid"
+    large = Request((256, 2048, 28, 28), "nhwc", 2, "forward")
+    (plan,) = plans([large], GPUS["h200"], override)
+    assert (plan.policy, plan.rule, plan.width, plan.relay) == ("grid", "override", 32, 1)
+    assert (plan.ranks, plan.teams) == (8, 12)
+    (plan,) = plans([large], GPUS["h200"], override.replace("255", "256"))
+    assert plan.relay == 0
+
+
+def test_policy_that_is_not_possible_is_left_to_the_rules():
+    group_of_4_mb = Request((16, 64, 256, 256), "nchw", 4, "forward")
+    (plan,) = plans([group_of_4_mb], GPUS["h200"], "policy=block")
+    assert (plan.policy, plan.rule) == ("grid", "group fits the chip")
+
+
+ITEMS = "policy, ranks, width, relay or margin as key=value"
+
+
+@pytest.mark.parametrize(
+    "text, expected, got",
+    [
+        ("polcy=grid", ITEMS, "polcy=grid"),
+        ("grid", ITEMS, "grid"),
+        ("policy=grid,", ITEMS, ""),
+        (",", ITEMS, ""),
+        ("policy=grid, ranks=8", ITEMS, " ranks=8"),
+        ("policy=grid;ranks=8", "policy to be block, grid or split", "grid;ranks=8"),
+        ("policy=gridlock", "policy to be block, grid or split", "gridlock"),
+        ("policy=map", "policy to be block, grid or split", "map"),
+        ("policy", "policy to be block, grid or split", ""),
+        ("ranks=", "ranks to be an integer from 1 to 65535", ""),
+        ("ranks=0", "ranks to be an integer from 1 to 65535", "0"),
+        ("ranks=65536", "ranks to be an integer from 1 to 65535", "65536"),
+        ("ranks=8x", "ranks to be an integer from 1 to 65535", "8x"),
+        ("ranks=+8", "ranks to be an integer from 1 to 65535", "+8"),
+        ("ranks= 8", "ranks to be an integer from 1 to 65535", " 8"),
+        ("ranks=99999999999999999999", "ranks to be an integer from 1 to 65535", "9" * 20),
+        ("width=-32", f"width to be an integer from 1 to {2**30}", "-32"),
+        ("width=1.5", f"width to be an integer from 1 to {2**30}", "1.5"),
+        ("relay=0", f"relay to be an integer from 1 to {2**30}", "0"),
+        ("margin=-1", f"margin to be an integer from 0 to {2**30}", "-1"),
+        ("margin=132", "margin to be less than the multiprocessors of the device, 132", "132"),
+        ("ranks=8,ranks=8", "every key at most once", "ranks=8"),
+        ("policy=grid,width=32,policy=split", "every key at most once", "policy=split"),
+    ],
+)
+def test_override_that_is_wrong_is_an_error(text, expected, got):
+    """It used to be ignored, or cut off where it began to be wrong."""
+    message = f"BATCHNORM_EXT_CUDA_PLAN: expected {expected}, got '{got}'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        plans([OVERRIDDEN], GPUS["h200"], text)

@@ -64,7 +64,7 @@ def _counting_group(ranks):
 def count_messages():
     group = _counting_group([0, 1])
     layer = batchnorm_ext.SyncBatchNorm(C, process_group=group)
-    forward, backward = (2 * C + 1, torch.float64), (2 * C, torch.float64)
+    forward, backward = (4 * C + 1, torch.float64), (2 * C, torch.float64)
 
     def expect(*messages):
         assert group.messages == [*messages]

@@ -284,7 +284,8 @@ def check_derivatives(affine, order):
     def normalize(x, *parameters):
         shared = [Linear.apply(p, _share, _add) for p in parameters]
         weight, bias = shared if affine else (None, None)
-        y = op(Linear.apply(x, _scatter, _gather), weight, bias, None, None, None, 0.1, 1e-3, name)
+        part = Linear.apply(x, _scatter, _gather)
+        y, _ = op(part, weight, bias, None, None, None, 0.1, 1e-3, name, "layer")
         return Linear.apply(y, _gather, _scatter)
 
     def gradient(x, *parameters):

@@ -60,3 +60,32 @@ def gradient(
     dozen elements in a float32 lane adds less than that, since its roundings have either sign.
     """
     return normalized(dtype, mean_over_std) * magnitudes + half_ulp(expected, out_dtype)
+
+
+def between(expected: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The difference of two implementations, each with the error of ``normalized``.
+
+    Native PyTorch's error on contiguous NCHW batches of a few dozen elements is as small, and both
+    round the result. ``scale`` is the largest magnitude of the terms that are added up. In half
+    precision native rounds also the mean and the affine map, to a few units of the largest values.
+    """
+    expected = expected.double()
+    finite = expected[expected.isfinite()]
+    scale = max(scale, finite.abs().max().item() if finite.numel() else 0.0)
+    bound = 2 * (normalized(dtype, 1.0) * scale + half_ulp(expected, dtype))
+    return bound + 2 * torch.finfo(dtype).eps * scale if dtype.itemsize == 2 else bound
+
+
+def large_values(
+    dtype: torch.dtype, x: Tensor, mean: Tensor, reach: Tensor, factor: Tensor
+) -> Tensor:
+    """What ``(x - mean) * factor`` may lose besides, in the dtype that the kernels compute in.
+
+    A factor below the smallest normal number is rounded to a multiple of the smallest one. Where
+    ``x - mean`` may overflow, the map is ``x * factor - mean * factor`` and its last term is
+    rounded. All are values per channel: the largest ``x``, and how far it may be from the mean.
+    """
+    info = torch.finfo(torch.promote_types(dtype, torch.float32))
+    overflows = (mean.abs() >= info.max * info.eps / 4) & (reach >= info.max / 2)
+    rounding = info.eps / 2 * (mean * factor).abs()
+    return info.tiny * info.eps * x / 2 + torch.where(overflows, rounding, 0.0)

@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <tuple>
 
 #include "../geometry.h"
 #include "moments.h"
 #include "schedule.h"
+#include "scratch.h"
 
 namespace batchnorm_ext::cpu {
 
@@ -35,6 +38,7 @@ class Column {
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 
+  const Geometry& geometry() const { return g; }
   int64_t blocks() const { return (g.stats + stats_per_block - 1) / stats_per_block; }
   int64_t chunks() const { return full_chunks + (g.outer % fold != 0); }
   int64_t first(int64_t block) const { return block * stats_per_block; }
@@ -45,9 +49,12 @@ class Column {
     return static_cast<double>(s.rows * s.folded * g.inner);
   }
 
-  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2) const {
+  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2, Scratch& scratch) const {
     const Span s = span(block, chunk);
-    LaneMoments<A> lanes[kColumns / L + 1];
+    const int64_t n = padded(s);
+    const auto [lanes, k, s1, s2, counts] =
+        scratch.template arrays<LaneMoments<A>, double, double, double, double>({n / L, n, n, n, n});
+    std::uninitialized_default_construct_n(lanes, n / L);
     const int64_t whole = s.columns / L, rest = s.columns % L;
     const T* row = x + s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, row += kFirstTile * stride()) {
@@ -58,7 +65,7 @@ class Column {
       }
       if (rest) lanes[whole].add(row + whole * L, stride(), tile, rest);
     }
-    MomentSets<kColumns + L> sets;
+    const MomentSets sets{k, s1, s2, counts};
     for (int64_t j = 0; j * L < s.columns; ++j) sets.take(j * L, lanes[j], std::min(L, s.columns - j * L));
     const int64_t across = width(block) * g.inner;
     for (int64_t f = 1; f < s.folded; ++f) sets.join(0, f * across, across);
@@ -66,18 +73,15 @@ class Column {
     if (g.inner > 1)
       for (int64_t c = 0; c < channels; ++c) sets.fold(c * g.inner, g.inner);
     sets.results(g.inner, channels, mean, m2);
-    mend_range<T>(count(chunk), channels, mean, m2, [&](int64_t c, const auto& visit) {
-      for (int64_t r = 0; r < s.rows; ++r)
-        for (int64_t f = 0; f < s.folded; ++f)
-          for (int64_t i = 0; i < g.inner; ++i)
-            visit(static_cast<double>(x[s.offset + r * stride() + f * across + c * g.inner + i]));
-    });
   }
 
-  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
+                 Scratch& scratch) const {
     const Span s = span(block, chunk);
-    LaneGradSums<A> lanes[kColumns / L + 1];
-    A spread[kColumns + L];
+    const int64_t n = padded(s);
+    const auto [lanes, spread, sums, dots] =
+        scratch.template arrays<LaneGradSums<A>, A, double, double>({n / L, spreads(s) ? n : 0, n, n});
+    std::uninitialized_default_construct_n(lanes, n / L);
     const A* centre = along_columns(mean, block, s, spread);
     const int64_t whole = s.columns / L, rest = s.columns % L;
     for (int64_t j = 0; j < whole; ++j) lanes[j].reset(load_block<kVecs>(centre + j * L));
@@ -93,7 +97,6 @@ class Column {
       }
       if (rest) lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
     }
-    double sums[kColumns + L], dots[kColumns + L];
     for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);
     const int64_t across = width(block) * g.inner;
     for (int64_t f = 1; f < s.folded; ++f)
@@ -109,12 +112,13 @@ class Column {
 
   // out = op(coefficients of each channel, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, T* out,
-           const In*... in) const {
+  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch& scratch,
+           T* out, const In*... in) const {
     const Span s = span(block, chunk);
-    A spread[Op::kCoefficients][kColumns + L];
+    const int64_t pitch = spreads(s) ? padded(s) : 0;
+    A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
     const A* c[Op::kCoefficients];
-    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread[i]);
+    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread + i * pitch);
     const auto f = [&](int64_t j, const auto&... v) {
       Vec<A> at[Op::kCoefficients];
       for (int i = 0; i < Op::kCoefficients; ++i) at[i] = Vec<A>::loadu(c[i] + j);
@@ -151,10 +155,15 @@ class Column {
       for (int64_t i = 0; i < L; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
   }
 
+  // Columns of whole blocks.
+  int64_t padded(const Span& s) const { return (s.columns + L - 1) / L * L; }
+
+  bool spreads(const Span& s) const { return s.folded > 1 || g.inner > 1; }
+
   // One value per column of the block, from one per channel.
   const A* along_columns(const A* per_channel, int64_t block, const Span& s, A* spread) const {
     const A* source = per_channel + first(block);
-    if (s.folded == 1 && g.inner == 1) return source;
+    if (!spreads(s)) return source;
     A* to = spread;
     if (g.inner == 1)
       to = std::copy_n(source, width(block), to);

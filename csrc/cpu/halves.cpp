@@ -14,6 +14,7 @@
 
 #include "../checks.h"
 #include "../layout.h"
+#include "../sums.h"
 #include "maps.h"
 #include "passes.h"
 #include "per_channel.h"
@@ -22,25 +23,21 @@ namespace batchnorm_ext::cpu {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 Tensor moments(const Tensor& input) {
   check_input(input);
   const Tensor x = dense(input);
   const int64_t channels = x.size(1);
   const auto options = x.options().dtype(at::kDouble);
-  if (x.numel() == 0) return at::zeros({2 * channels + 1}, options);
-  Tensor sums = at::empty({2 * channels + 1}, options);
+  if (x.numel() == 0) return at::zeros({sums_size(channels)}, options);
+  Tensor sums = at::empty({sums_size(channels)}, options);
   const Geometry geometry = geometry_of(x);
   const double count = static_cast<double>(geometry.count());
-  double* const first_moment = sums.mutable_data_ptr<double>();
-  double* const second_moment = first_moment + channels;
-  first_moment[2 * channels] = count;
+  double* const out = sums.mutable_data_ptr<double>();
+  write_count(out, channels, count);
   const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
-    for (int64_t i = 0; i < width; ++i) {
-      first_moment[first + i] = count * mean[i];
-      second_moment[first + i] = m2[i] + count * mean[i] * mean[i];
-    }
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
     with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
@@ -51,37 +48,35 @@ Tensor moments(const Tensor& input) {
   return sums;
 }
 
-std::tuple<Tensor, Tensor> apply(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                 const OptionalTensor& num_batches_tracked, const Tensor& sums,
-                                 std::optional<double> momentum, double eps) {
-  check_parameters(input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true, momentum,
-                   eps);
-  const int64_t channels = input.size(1);
-  check_sums(input, sums, 2 * channels + 1, "sums");
-  const Tensor x = dense(input);
+Normalized apply(const Operands& o, const Spec& s) {
+  check_operands(o, s);
+  check_written_once(o, s);
+  const int64_t channels = o.x.size(1);
+  check_sums(o.x, *o.sums, sums_size(channels), "sums");
+  const Tensor x = dense(o.x);
   Tensor y = empty_output_like(x);
   Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
   double* const mean = stats.mutable_data_ptr<double>();
   double* const invstd = mean + channels;
-  const double *const first_moment = sums.const_data_ptr<double>(), *const second_moment = first_moment + channels;
-  const double count = first_moment[2 * channels];
+  const double* const in = o.sums->const_data_ptr<double>();
+  const double count = read_count(in, channels);
   const Channels var(new double[channels]);
+#pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = first_moment[c] / count;
-    const double difference = second_moment[c] / count - mean[c] * mean[c];
-    var[c] = difference < 0 ? 0 : difference;  // by rounding; NaN stays
-    invstd[c] = 1 / std::sqrt(var[c] + eps);
+    const Moments moments = read_sums(in, channels, c);
+    mean[c] = moments.mean;
+    var[c] = moments.m2_over(count);
+    invstd[c] = 1 / std::sqrt(var[c] + s.eps);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "apply", [&] {
     using A = Acc<scalar_t>;
     CoefficientTable<A, 3> table(channels);
-    set_normalize(table, 0, channels, mean, invstd, read_channels(weight, channels, 1).get(),
-                  read_channels(bias, channels, 0).get());
+    set_normalize(table, 0, channels, mean, invstd, read_channels(o.weight, channels, 1).get(),
+                  read_channels(o.bias, channels, 0).get());
     map_tensor(geometry_of(x), Normalize<A>(), table.view(), y.mutable_data_ptr<scalar_t>(),
                x.const_data_ptr<scalar_t>());
   });
-  if (count > 0) track(running_mean, running_var, num_batches_tracked, momentum, channels, count, mean, var.get());
+  if (count > 0) track(o, s, channels, count, mean, var.get());
   return {std::move(y), std::move(stats)};
 }
 
@@ -138,7 +133,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   m.impl("moments", moments);
-  m.impl("apply", apply);
+  register_apply<apply>(m);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);
 }

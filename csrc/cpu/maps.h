@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "../math.h"
@@ -27,7 +28,7 @@ class CoefficientTable {
   View view_;
 };
 
-// y = (x - mean) * scale + shift
+// y = (x - centre) * scale + shift
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
@@ -35,7 +36,7 @@ struct Normalize {
   Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
 };
 
-// dx = scale * (dy - (x - mean) * slope - offset)
+// dx = scale * (dy - (x - centre) * slope - offset)
 template <typename A>
 struct NormalizeGrad {
   static constexpr int kCoefficients = 4;
@@ -53,30 +54,34 @@ struct Scale {
   Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
 };
 
-// Of channels [first, first + width). Separate rows, so that the compiler may turn channels into lanes.
+// Of channels [first, first + width), whose mean and invstd are those of `count` elements, all that will be mapped
+// among them; infinity, if they are those of others. Separate rows, so that the compiler may turn channels into lanes.
 template <typename A>
 void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
-                   const double* invstd, const double* weight, const double* bias) {
+                   const double* invstd, const double* weight, const double* bias,
+                   double count = std::numeric_limits<double>::infinity()) {
   A *const centre = table.row(0), *const scale = table.row(1), *const shift = table.row(2);
 #pragma GCC ivdep
   for (int64_t c = first; c < first + width; ++c) {
-    const Affine<A> affine = make_affine<A>(mean[c], invstd[c], weight[c], bias[c]);
-    centre[c] = affine.mean;
+    const Affine<A> affine = make_affine<A>(mean[c], invstd[c], weight[c], bias[c], count);
+    centre[c] = affine.centre;
     scale[c] = affine.scale;
     shift[c] = affine.shift;
   }
 }
 
-// The same for NormalizeGrad. The sums begin at the first channel; the centre is there already.
+// The same for NormalizeGrad. The sums begin at the first channel.
 template <typename A>
 void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t width, const double* dbias,
                         const double* dweight, double count, const double* mean, const double* invstd,
                         const double* weight) {
-  A *const slope = table.row(1), *const offset = table.row(2), *const scale = table.row(3);
+  A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2),
+           *const scale = table.row(3);
 #pragma GCC ivdep
   for (int64_t i = 0; i < width; ++i) {
     const int64_t c = first + i;
     const GradAffine<A> affine = make_grad_affine<A>({dbias[i], dweight[i]}, count, mean[c], invstd[c], weight[c]);
+    centre[c] = affine.centre;
     slope[c] = affine.slope;
     offset[c] = affine.offset;
     scale[c] = affine.scale;

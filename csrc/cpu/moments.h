@@ -3,9 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "lanes.h"
 
@@ -33,14 +31,14 @@ inline double sum_of(const double* p, int64_t n) {
 }
 
 // Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).
-template <int64_t kCapacity>
 struct MomentSets {
-  double k[kCapacity], s1[kCapacity], s2[kCapacity], n[kCapacity];
+  double *k, *s1, *s2, *n;
 
   template <typename A>
-  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) {
+  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) const {
     double second[kLanes<A>];
     flush(lanes.s2, lanes.m2, lanes.first_tile(), second);
+#pragma GCC ivdep
     for (int64_t l = 0; l < width; ++l) {
       k[at + l] = lanes.k.values[l];
       s1[at + l] = lanes.s1.values[l];
@@ -50,7 +48,7 @@ struct MomentSets {
   }
 
   // Sets [into, into + width) take in sets [from, from + width), about their own centres.
-  void join(int64_t into, int64_t from, int64_t width) {
+  void join(int64_t into, int64_t from, int64_t width) const {
 #pragma GCC ivdep
     for (int64_t l = 0; l < width; ++l) {
       const int64_t i = into + l, j = from + l;
@@ -63,7 +61,7 @@ struct MomentSets {
 
   // Folds sets [at, at + width) into the first of them, about its centre. That centre is the mean of some of the
   // elements: were it far from the others, so would these elements be, and m2 as large.
-  void fold(int64_t at, int64_t width) {
+  void fold(int64_t at, int64_t width) const {
     using V = Vec<double>;
     const V centre(k[at]);
     V sum(0), squares(0), count(0);
@@ -93,32 +91,5 @@ struct MomentSets {
     }
   }
 };
-
-// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 underflow. Both show in m2, which then is negative
-// if less was lost between the lanes than in them, and are rare enough to be summed again in fp64. A constant channel
-// has m2 == 0 and is not affected; nor is one that holds inf or nan.
-//
-// for_each(channel, visit) calls visit with each of the `count` elements of a channel, as a double.
-template <typename T, typename ForEach>
-void mend_range(double count, int64_t channels, const double* mean, double* m2, const ForEach& for_each) {
-  if constexpr (!std::is_same_v<T, double>) {
-    const auto out_of_range = [&](int64_t c) {
-      return (!std::isfinite(m2[c]) & std::isfinite(mean[c])) | ((m2[c] != 0) & (m2[c] < count * 1e-30));
-    };
-    int64_t found = 0;
-    for (int64_t c = 0; c < channels; ++c) found += out_of_range(c);
-    for (int64_t c = 0; found > 0; ++c) {
-      if (!out_of_range(c)) continue;
-      double s1 = 0, s2 = 0;
-      for_each(c, [&](double v) {
-        s1 += v - mean[c];
-        s2 += (v - mean[c]) * (v - mean[c]);
-      });
-      m2[c] = s2 - s1 * s1 / count;
-      --found;
-    }
-  }
-  for (int64_t c = 0; c < channels; ++c) m2[c] = m2[c] < 0 ? 0 : m2[c];
-}
 
 }  // namespace batchnorm_ext::cpu

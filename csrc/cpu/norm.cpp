@@ -22,20 +22,17 @@ namespace batchnorm_ext::cpu {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                      const OptionalTensor& num_batches_tracked, bool training,
-                                      std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-  const Tensor x = dense(input);
+Normalized forward(const Operands& o, const Spec& s) {
+  check_forward(o, s);
+  check_written_once(o, s);
+  const Tensor x = dense(o.x);
   const int64_t channels = x.size(1);
   Tensor y = empty_output_like(x);
   Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
   double* const mean_out = stats.mutable_data_ptr<double>();
   double* const invstd_out = mean_out + channels;
-  const auto w = read_channels(weight, channels, 1), b = read_channels(bias, channels, 0);
+  const auto w = read_channels(o.weight, channels, 1), b = read_channels(o.bias, channels, 0);
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
     using T = scalar_t;
@@ -44,14 +41,14 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
     T* const out = y.mutable_data_ptr<T>();
     const Geometry geometry = geometry_of(x);
     CoefficientTable<A, 3> table(channels);
-    const auto normalize_with = [&](int64_t first, int64_t width, const double* mean, const double* var) {
+    const auto set_stats = [&](int64_t first, int64_t width, const double* mean, const double* var) {
       std::copy_n(mean, width, mean_out + first);
-      for (int64_t i = 0; i < width; ++i) invstd_out[first + i] = 1 / std::sqrt(var[i] + eps);
-      set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get());
+      for (int64_t i = 0; i < width; ++i) invstd_out[first + i] = 1 / std::sqrt(var[i] + s.eps);
     };
-    if (!training) {
-      normalize_with(0, channels, read_channels(running_mean, channels, 0).get(),
-                     read_channels(running_var, channels, 0).get());
+    if (!s.training) {
+      set_stats(0, channels, read_channels(o.running_mean, channels, 0).get(),
+                read_channels(o.running_var, channels, 0).get());
+      set_normalize(table, 0, channels, mean_out, invstd_out, w.get(), b.get());
       return map_tensor(geometry, Normalize<A>(), table.view(), out, in);
     }
     if (x.numel() == 0) {
@@ -62,35 +59,32 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& input, const OptionalTensor&
     const Channels var(new double[channels]);
     const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
       for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count;
-      normalize_with(first, width, mean, &var[first]);
+      set_stats(first, width, mean, &var[first]);
+      mend_spread(geometry, in, first, width, s.eps, &var[first], invstd_out + first);
+      set_normalize(table, first, width, mean_out, invstd_out, w.get(), b.get(), count);
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {
-        const auto map = [&](int64_t block, int64_t chunk) {
-          pattern.template map<streaming.value>(block, chunk, Normalize<A>(), table.view(), out, in);
+        const auto map = [&](int64_t block, int64_t chunk, Scratch& scratch) {
+          pattern.template map<streaming.value>(block, chunk, Normalize<A>(), table.view(), scratch, out, in);
         };
         reduce_moments(pattern, Schedule(pattern, channels, x.numel()), in, finish, map);
       });
     });
-    track(running_mean, running_var, num_batches_tracked, momentum, channels, count, mean_out, var.get());
+    track(o, s, channels, count, mean_out, var.get());
   });
   return {std::move(y), std::move(stats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
-                                                       const OptionalTensor& weight, const Tensor& stats, bool training,
-                                                       std::array<bool, 3> output_mask) {
+Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
   check_backward(grad, input, weight, stats);
   const Tensor x = dense(input);
   const Tensor dy = like_layout(grad, x);
   const int64_t channels = x.size(1);
-  const auto [want_dx, want_dweight, want_dbias] = output_mask;
-  const auto parameter_options =
-      weight ? weight->options() : x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  Tensor dx = want_dx ? empty_output_like(x) : Tensor();
-  Tensor dweight =
-      want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), parameter_options) : Tensor();
-  Tensor dbias = want_dbias ? at::empty({channels}, parameter_options) : Tensor();
+  const auto [want_dx, want_dweight, want_dbias] = mask;
+  Tensor dx = want_dx ? empty_output_like(x) : Tensor(), dweight, dbias;
+  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask);
   const auto w = read_channels(weight, channels, 1);
   const double* const mean = stats.const_data_ptr<double>();
   const double* const invstd = mean + channels;
@@ -126,12 +120,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     };
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {
-        const auto map = [&](int64_t block, int64_t chunk) {
+        const auto map = [&](int64_t block, int64_t chunk, Scratch& scratch) {
           if (!want_dx) return;
           if (training)
-            pattern.template map<streaming.value>(block, chunk, NormalizeGrad<A>(), table.view(), dx_out, dy_in, x_in);
+            pattern.template map<streaming.value>(block, chunk, NormalizeGrad<A>(), table.view(), scratch, dx_out,
+                                                  dy_in, x_in);
           else
-            pattern.template map<streaming.value>(block, chunk, Scale<A>(), scale, dx_out, dy_in);
+            pattern.template map<streaming.value>(block, chunk, Scale<A>(), scale, scratch, dx_out, dy_in);
         };
         reduce_grads(pattern, Schedule(pattern, channels, x.numel()), dy_in, x_in, centre, mean, invstd, finish, map);
       });
@@ -143,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
-  m.impl("batch_norm", batch_norm);
-  m.impl("batch_norm_backward", batch_norm_backward);
+  register_forward<forward>(m);
+  m.impl("batch_norm_backward", backward);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "../math.h"
 #include "column.h"
 #include "memory.h"
+#include "range.h"
 #include "row.h"
 #include "schedule.h"
 
@@ -54,14 +55,18 @@ void with_streaming(const Geometry& geometry, const F& f) {
 template <typename T, typename Pattern, typename Finish, typename Map>
 void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x, const Finish& finish,
                     const Map& map) {
-  const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2) {
-    pattern.moments(x, block, chunk, mean, m2);
+  const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2, Scratch& scratch) {
+    pattern.moments(x, block, chunk, mean, m2, scratch);
+  };
+  const auto finish_moments = [&](int64_t first, int64_t width, double* mean, double* m2) {
+    mend_moments(pattern.geometry(), x, first, width, mean, m2);
+    finish(first, width, mean, m2);
   };
   const auto merge = [](double n, double n2, int64_t width, double* mean, double* m2, const double* mean2,
                         const double* m22) {
     for (int64_t c = 0; c < width; ++c) merge_moments(n, n2 / (n + n2), mean[c], m2[c], mean2[c], m22[c]);
   };
-  reduce_then_map(pattern, schedule, reduce, merge, finish, map);
+  reduce_then_map(pattern, schedule, reduce, merge, finish_moments, map);
 }
 
 // finish(first, width, dbias, dweight) takes sum(dy) and sum(dy * xhat) of each channel, then map(block, chunk)
@@ -69,19 +74,20 @@ void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x
 template <typename T, typename Pattern, typename Finish, typename Map>
 void reduce_grads(const Pattern& pattern, const Schedule& schedule, const T* dy, const T* x, const Acc<T>* centre,
                   const double* mean, const double* invstd, const Finish& finish, const Map& map) {
-  const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot) {
-    pattern.grad_sums(dy, x, centre, block, chunk, sum, dot);
+  const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot, Scratch& scratch) {
+    pattern.grad_sums(dy, x, centre, block, chunk, sum, dot, scratch);
   };
   const auto merge = [](double, double, int64_t width, double* sum, double* dot, const double* sum2,
                         const double* dot2) {
     for (int64_t c = 0; c < width; ++c) sum[c] += sum2[c], dot[c] += dot2[c];
   };
-  const auto finish_sums = [&](int64_t first, int64_t width, const double* sum, double* dot) {
+  const auto finish_sums = [&](int64_t first, int64_t width, double* sum, double* dot) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) {
       const int64_t c = first + i;
       dot[i] = make_grad_sums(sum[i], dot[i], mean[c], centre[c], invstd[c]).dweight;
     }
+    mend_grads<T, Acc<T>>(pattern.geometry(), dy, x, first, width, mean, invstd, sum, dot);
     finish(first, width, sum, dot);
   };
   reduce_then_map(pattern, schedule, reduce, merge, finish_sums, map);
@@ -94,8 +100,8 @@ void map_tensor(const Geometry& geometry, const Op& op, const typename Op::Coeff
   if (geometry.numel() == 0) return;
   with_map_pattern<T>(geometry, [&](const auto& pattern) {
     with_streaming<T>(geometry, [&](auto streaming) {
-      map_all(Schedule(pattern, geometry.stats, geometry.numel()), [&](int64_t block, int64_t chunk) {
-        pattern.template map<streaming.value>(block, chunk, op, coefficients, out, in...);
+      map_all(Schedule(pattern, geometry.stats, geometry.numel()), [&](int64_t block, int64_t chunk, Scratch& scratch) {
+        pattern.template map<streaming.value>(block, chunk, op, coefficients, scratch, out, in...);
       });
     });
   });

@@ -7,9 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <optional>
 
-#include "../recompute.h"
+#include "../ops.h"
 
 namespace batchnorm_ext::cpu {
 
@@ -18,7 +17,7 @@ using Channels = std::unique_ptr<double[]>;
 inline int64_t per_channel_stride(const at::Tensor& tensor) { return tensor.dim() == 1 ? tensor.stride(0) : 1; }
 
 // All values; an absent tensor reads as `absent` everywhere.
-inline Channels read_channels(const std::optional<at::Tensor>& tensor, int64_t channels, double absent) {
+inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, double absent) {
   Channels values(new double[channels]);
   if (!tensor) {
     std::fill_n(values.get(), channels, absent);
@@ -40,23 +39,21 @@ inline void write_channels(const at::Tensor& tensor, int64_t channels, const dou
   });
 }
 
-// Moves the running statistics to those of `count` elements per channel, and counts the batch, unless it has been
-// counted before. A single element has no unbiased variance: it leaves the running one as it is.
-inline void track(const std::optional<at::Tensor>& running_mean, const std::optional<at::Tensor>& running_var,
-                  const std::optional<at::Tensor>& num_batches_tracked, std::optional<double> momentum,
-                  int64_t channels, double count, const double* mean, const double* var) {
-  if (recomputes_forward()) return;
+// Moves the running statistics to those of `count` elements per channel, and counts the batch. A single element has no
+// unbiased variance: it leaves the running one as it is.
+inline void track(const Operands& o, const Spec& s, int64_t channels, double count, const double* mean,
+                  const double* var) {
+  if (!s.update) return;
   double factor = 0;
-  if (num_batches_tracked) factor = 1.0 / static_cast<double>(++*num_batches_tracked->mutable_data_ptr<int64_t>());
-  if (momentum) factor = *momentum;
-  if (!running_mean) return;
+  if (o.num_batches_tracked) factor = 1.0 / static_cast<double>(++*o.num_batches_tracked->mutable_data_ptr<int64_t>());
+  if (s.momentum) factor = *s.momentum;
   const auto move = [&](const at::Tensor& running, const double* to, double scale) {
     const Channels values = read_channels(running, channels, 0);
     for (int64_t c = 0; c < channels; ++c) values[c] = (1 - factor) * values[c] + factor * (to[c] * scale);
     write_channels(running, channels, values.get());
   };
-  move(*running_mean, mean, 1);
-  if (count > 1) move(*running_var, var, count / (count - 1));
+  move(*o.running_mean, mean, 1);
+  if (count > 1) move(*o.running_var, var, count / (count - 1));
 }
 
 }  // namespace batchnorm_ext::cpu

@@ -7,6 +7,7 @@
 
 #include "../geometry.h"
 #include "moments.h"
+#include "scratch.h"
 
 namespace batchnorm_ext::cpu {
 
@@ -26,6 +27,7 @@ class Row {
     runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
   }
 
+  const Geometry& geometry() const { return g; }
   int64_t blocks() const { return g.stats; }
   int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
   int64_t first(int64_t block) const { return block; }
@@ -36,25 +38,23 @@ class Row {
     return static_cast<double>(s.runs * s.length);
   }
 
-  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2) const {
+  void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2, Scratch&) const {
     const Span s = span(block, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
     const T* const first = x + s.offset;
     for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first + at, step, blocks); });
     if (rest) tail.add(first + whole * L, stride(), s.runs, rest);
-    MomentSets<2 * L> sets;
+    double memory[4][2 * L];
+    const MomentSets sets{memory[0], memory[1], memory[2], memory[3]};
     if (whole) sets.take(0, body, L);
     if (rest) sets.take(whole ? L : 0, tail, rest);
     sets.fold(0, (whole ? L : 0) + rest);
     sets.results(1, 1, mean, m2);
-    mend_range<T>(count(chunk), 1, mean, m2, [&](int64_t, const auto& visit) {
-      for (int64_t r = 0; r < s.runs; ++r)
-        for (int64_t i = 0; i < s.length; ++i) visit(static_cast<double>(x[s.offset + r * stride() + i]));
-    });
   }
 
-  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot) const {
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
+                 Scratch&) const {
     const Span s = span(block, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     Block<A> centre;
@@ -76,7 +76,7 @@ class Row {
 
   // out = op(coefficients of the channel, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, T* out,
+  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch&, T* out,
            const In*... in) const {
     const Span s = span(block, chunk);
     Vec<A> c[Op::kCoefficients];

@@ -12,6 +12,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "scratch.h"
+
 namespace batchnorm_ext::cpu {
 
 // Cuts `total` into shares of at most `most`, and gives their size. Their number is a power of two or a multiple of
@@ -41,32 +43,33 @@ struct Schedule {
 
 // A map that leaves the reduction alone.
 struct NoMap {
-  void operator()(int64_t, int64_t) const {}
+  void operator()(int64_t, int64_t, Scratch&) const {}
 };
 
-// reduce(block, chunk, a, b)         writes two numbers per channel of the block
-// merge(n, n2, width, a, b, a2, b2)  merges into the totals of n elements per channel those of the next n2
-// finish(first, width, a, b)         takes the totals of channels [first, first + width), and may overwrite them
-// map(block, chunk)                  may use what finish left
+// reduce(block, chunk, a, b, scratch)  writes two numbers per channel of the block
+// merge(n, n2, width, a, b, a2, b2)    merges into the totals of n elements per channel those of the next n2
+// finish(first, width, a, b)           takes the totals of channels [first, first + width), and may overwrite them
+// map(block, chunk, scratch)           may use what finish left
 template <typename Pattern, typename Reduce, typename Merge, typename Finish, typename Map>
 void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Reduce& reduce, const Merge& merge,
                      const Finish& finish, const Map& map) {
   const auto [blocks, chunks, stats, grain, whole_blocks] = schedule;
   if (whole_blocks) {
     at::parallel_for(0, blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
+      Scratch scratch;
       const int64_t capacity = pattern.width(0);
       std::unique_ptr<double[]> buffer(new double[4 * capacity]);
       double *a = buffer.get(), *b = a + capacity, *a2 = b + capacity, *b2 = a2 + capacity;
       for (int64_t block = begin; block < end; ++block) {
         const int64_t width = pattern.width(block);
-        reduce(block, 0, a, b);
+        reduce(block, 0, a, b, scratch);
         double n = pattern.count(0);
         for (int64_t chunk = 1; chunk < chunks; n += pattern.count(chunk++)) {
-          reduce(block, chunk, a2, b2);
+          reduce(block, chunk, a2, b2, scratch);
           merge(n, pattern.count(chunk), width, a, b, a2, b2);
         }
         finish(pattern.first(block), width, a, b);
-        for (int64_t chunk = chunks; chunk-- > 0;) map(block, chunk);  // backwards: the end is still in the cache
+        for (int64_t chunk = chunks; chunk-- > 0;) map(block, chunk, scratch);  // backwards: the end is in the cache
       }
     });
     return;
@@ -75,10 +78,11 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
   std::unique_ptr<double[]> parts(new double[2 * chunks * stats]);
   const auto part = [&](int64_t chunk, int64_t channel) { return parts.get() + 2 * chunk * stats + channel; };
   at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / chunks, chunk = task % chunks;
       double* a = part(chunk, pattern.first(block));
-      reduce(block, chunk, a, a + stats);
+      reduce(block, chunk, a, a + stats, scratch);
     }
   });
   at::parallel_for(0, stats, std::max<int64_t>(1, 4096 / chunks), [&](int64_t begin, int64_t end) {
@@ -92,7 +96,8 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
   });
   if constexpr (!std::is_same_v<Map, NoMap>)
     at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks);
+      Scratch scratch;
+      for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks, scratch);
     });
 }
 
@@ -100,7 +105,8 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
 template <typename Map>
 void map_all(const Schedule& schedule, const Map& map) {
   at::parallel_for(0, schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) map(task % schedule.blocks, task / schedule.blocks);
+    Scratch scratch;
+    for (int64_t task = begin; task < end; ++task) map(task % schedule.blocks, task / schedule.blocks, scratch);
   });
 }
 

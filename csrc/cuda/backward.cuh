@@ -5,8 +5,7 @@
 
 namespace batchnorm_ext::cuda {
 
-// The hook turns the gradient of what follows the affine map into dy; `extra` is an element of a third tensor.
-template <typename T_, typename Hook = NoHook>
+template <typename T_>
 struct Backward {
   using T = T_;
   using A = Acc<T>;
@@ -16,9 +15,8 @@ struct Backward {
   using Lanes = GradLanes<A, kLanes>;
 
   const T *dy, *x;
-  T* dx;           // none: nothing is mapped
-  const T* extra;  // of the hook
-  int64_t channels;
+  T* dx;  // none: nothing is mapped
+  int64_t channels, inner;
   bool training;
   double count;
   const double* total_count;  // instead of `count`, where it is known on the device only
@@ -26,7 +24,20 @@ struct Backward {
   Channels<T> weight, dweight, dbias;
   const double* sums;  // [sum(dy) | sum(dy * xhat)], where they are known
   double* sums_out;    // the same, for the caller
-  Hook hook;
+
+  // The sums are about the mean, rounded to the type that they are kept in.
+  __device__ __forceinline__ double origin(int64_t channel) const { return static_cast<A>(stats[channel]); }
+
+  // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
+  __device__ __forceinline__ bool loses(int64_t channel, double2 sum, double n) const {
+    if (isfinite(sum.x) && isfinite(sum.y) && !(fabs(sum.y) < n * 1e-30)) return false;
+    const double invstd = stats[channels + channel];
+    return grads_lost<A>({sum.x, sum.y * invstd}, n, stats[channel], invstd);
+  }
+  __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
+    const double g = widen(dy[offset]);
+    return {g, g * (static_cast<double>(widen(x[offset])) - origin)};
+  }
 
   template <int kWidth>
   struct Packs {
@@ -35,19 +46,14 @@ struct Backward {
 
   template <int kWidth>
   __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
-    Packs<kWidth> packs{{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
-    if constexpr (Hook::kExtra) {
-      const Pack<T, kWidth> other = load_pack<kWidth>(extra + offset, again);
-      packs.in[0] = make_pack<T, kWidth>([&](int i) { return hook(packs.in[0].get(i), other.get(i)); });
-    }
-    return packs;
+    return {{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
   }
 
   template <typename Chunk, int kLanes, int kWidth, int kCount>
   __device__ __forceinline__ void start(GradLanes<A, kLanes>& lanes, const Chunk& chunk,
                                         const Packs<kWidth> (&)[kCount], int) const {
 #pragma unroll
-    for (int l = 0; l < kLanes; ++l) lanes.start(l, static_cast<A>(stats[chunk.first + chunk.channel(l)]));
+    for (int l = 0; l < kLanes; ++l) lanes.start(l, static_cast<A>(origin(chunk.first + chunk.channel(l))));
   }
 
   template <int kLanes, int kWidth>
@@ -57,8 +63,16 @@ struct Backward {
   }
 
   __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[4]) const {
-    const double mean = stats[c];
-    conclude(c, make_grad_sums(total.x, total.y, mean, static_cast<A>(mean), stats[channels + c]), leads, map);
+    const double mean = stats[c], invstd = stats[channels + c];
+    GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
+    if constexpr (std::is_same_v<T, double>)
+      if (grads_lost<A>(grads, count, mean, invstd)) {  // as in a forward
+        const auto at = [&](int64_t i) { return element_of(channels, inner, c, i); };
+        grads = resum_grads(
+            static_cast<int64_t>(count), mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); },
+            [&](int64_t i) { return x[at(i)]; });
+      }
+    conclude(c, grads, leads, map);
   }
 
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[4]) const {
@@ -74,7 +88,7 @@ struct Backward {
     }
     const double n = total_count != nullptr ? *total_count : count;
     const GradAffine<A> affine = make_grad_affine<A>(grads, n, stats[c], stats[channels + c], weight.get(c, 1));
-    map[0] = affine.mean;
+    map[0] = affine.centre;
     map[1] = affine.slope;
     map[2] = affine.offset;
     map[3] = affine.scale;
@@ -82,7 +96,7 @@ struct Backward {
 
   __device__ __forceinline__ int64_t* counter() const { return nullptr; }
 
-  // dx = scale * (dy - (x - mean) * slope - offset); in evaluation scale * dy, whatever x may be
+  // dx = scale * (dy - (x - centre) * slope - offset); in evaluation scale * dy, whatever x may be
   template <int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[4][kLanes], int64_t offset) const {
     store_pack(dx + offset, make_pack<T, kWidth>([&](int i) {

@@ -16,7 +16,7 @@ unsigned narrow_pair(float low, float high) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(low)) | __bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16;
 }
 
-using std::fma, std::fmaf, std::isfinite, std::isnan, std::sqrt;
+using std::fma, std::fmaf, std::isfinite, std::sqrt;
 
 template <typename T>
 T load_shared_by_blocks(const T* p) {

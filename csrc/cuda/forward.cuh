@@ -1,25 +1,17 @@
 // The forward as the kernel sees it: what is summed over a channel, what becomes of the sums, what is mapped.
 #pragma once
 
-#include "../math.h"
+#include "../resum.h"
+#include "../sums.h"
 #include "lanes.cuh"
 
 namespace batchnorm_ext::cuda {
-
-// What follows the affine map: a functor on (y, extra), where `extra` is an element of a second tensor.
-struct NoHook {
-  static constexpr bool kExtra = false;
-  template <typename A>
-  __device__ __forceinline__ A operator()(A value, A) const {
-    return value;
-  }
-};
 
 // Where mean and variance come from: the batch at hand, the running statistics, sums over several batches, or an
 // earlier launch that has left mean and invstd.
 enum class Source { kBatch, kRunning, kSums, kStats };
 
-template <typename T_, typename Hook = NoHook>
+template <typename T_>
 struct Forward {
   using T = T_;
   using A = Acc<T>;
@@ -29,23 +21,29 @@ struct Forward {
   using Lanes = MomentLanes<A, kLanes>;
 
   const T* x;
-  T* y;            // none: nothing is mapped
-  const T* extra;  // of the hook
+  T* y;  // none: nothing is mapped
   int64_t channels, inner;
   Source source;
-  double count, eps, momentum;  // momentum: NAN means the cumulative average
+  double count, eps, momentum;
+  bool cumulative;  // running statistics are averages over all batches, whatever the momentum
   Channels<T> weight, bias, running_mean, running_var;
   int64_t* num_batches_tracked;
-  const double* sums;  // [n * mean | M2 + n * mean^2 | n], of kSums
+  const double* sums;  // as in sums.h, of kSums
   double* sums_out;    // the same, for the caller; then nothing else is
   double* stats;       // [mean | invstd], out but for kStats
   bool centred;        // false: kStats, with mean = 0
-  Hook hook;
 
   // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
   __device__ __forceinline__ double origin(int64_t channel) const {
     const double first = widen(x[channel * inner]);
     return isfinite(first) ? first : 0;
+  }
+
+  // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
+  __device__ __forceinline__ bool loses(int64_t, double2 sum, double) const { return !isfinite(sum.y); }
+  __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
+    const double d = static_cast<double>(widen(x[offset])) - origin;
+    return {d, d * d};
   }
 
   template <int kWidth>
@@ -85,37 +83,44 @@ struct Forward {
   // gets.
   __device__ __forceinline__ void finish(int64_t c, double2 total, double about, bool leads, A (&map)[3]) const {
     const double shift = total.x / count;
-    conclude(c, count, about + shift, total.y - total.x * shift, leads, map);
+    Moments moments{about + shift, total.y - total.x * shift};
+    if constexpr (std::is_same_v<T, double>)
+      if (!isfinite(
+              moments.scaled_m2))  // by a thread alone, which nobody waits for unless squares leave the range of fp64
+        moments = resum_moments(static_cast<int64_t>(count), kShrink,
+                                [&](int64_t i) { return x[element_of(channels, inner, c, i)]; });
+    conclude(c, count, moments, leads, map);
   }
 
   // The same from what is known before the launch.
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums) {
-      const double n = sums[2 * channels], mean = sums[c] / n;
-      return conclude(c, n, mean, sums[channels + c] - n * mean * mean, leads, map);
+      return conclude(c, read_count(sums, channels), read_sums(sums, channels, c), leads, map);
     }
-    if (source == Source::kStats) return set(c, centred ? stats[c] : 0, stats[channels + c], map);
+    if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[channels + c], map);
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
-    set(c, mean, invstd, map);
+    set(c, INFINITY, mean, invstd, map);
   }
 
   // From the moments over n elements.
-  __device__ __forceinline__ void conclude(int64_t c, double n, double mean, double m2, bool leads, A (&map)[3]) const {
-    if (m2 < 0) m2 = 0;
-    const double var = m2 / n, invstd = 1 / sqrt(var + eps);
+  __device__ __forceinline__ void conclude(int64_t c, double n, Moments moments, bool leads, A (&map)[3]) const {
+    if (moments.scaled_m2 < 0) moments.scaled_m2 = 0;
+    const double mean = moments.mean, invstd = moments.invstd(n, eps);
     if (leads && sums_out != nullptr) {
-      sums_out[c] = n * mean;
-      sums_out[channels + c] = m2 + n * mean * mean;
-      if (c == 0) sums_out[2 * channels] = n;
+      write_sums(sums_out, channels, c, n, mean, moments.m2());
+      if (c == 0) write_count(sums_out, channels, n);
     }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
-    if (leads && running_mean && n > 0) {
-      const double factor = isnan(momentum) ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
-      running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * mean);
-      if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * (m2 / (n - 1)));
-    }
-    set(c, mean, invstd, map);
+    if (leads && running_mean && n > 0) track(c, n, moments);
+    set(c, n, mean, invstd, map);
+  }
+
+  // Moves the running statistics. One element has no unbiased variance.
+  __device__ __forceinline__ void track(int64_t c, double n, const Moments& moments) const {
+    const double factor = cumulative ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
+    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * moments.mean);
+    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * moments.m2_over(n - 1));
   }
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {
@@ -123,26 +128,25 @@ struct Forward {
     stats[channels + c] = invstd;
   }
 
-  __device__ __forceinline__ void set(int64_t c, double mean, double invstd, A (&map)[3]) const {
-    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0));
-    map[0] = affine.mean;
+  // mean and invstd are those of n elements; of others than are mapped if n is infinite.
+  __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
+    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0), n);
+    map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;
   }
 
   // The counter that is to be raised once all leaders are done, if any.
   __device__ __forceinline__ int64_t* counter() const {
-    return source == Source::kSums && !(sums[2 * channels] > 0) ? nullptr : num_batches_tracked;
+    return source == Source::kSums && !(read_count(sums, channels) > 0) ? nullptr : num_batches_tracked;
   }
 
-  // y = (x - mean) * scale + shift
+  // y = (x - centre) * scale + shift
   template <int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
-    Pack<T, kWidth> other{};
-    if constexpr (Hook::kExtra) other = load_pack<kWidth>(extra + offset, false);
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;
-                 return hook(fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]), other.get(i));
+                 return fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]);
                }));
   }
   __device__ __forceinline__ bool maps() const { return y != nullptr; }

@@ -8,14 +8,13 @@
 
 #include <array>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <tuple>
 #include <utility>
 
 #include "../checks.h"
 #include "../layout.h"
-#include "../recompute.h"
+#include "../sums.h"
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.h"
@@ -25,7 +24,6 @@ namespace {
 
 using at::Tensor;
 using c10::cuda::CUDAGuard;
-using OptionalTensor = std::optional<Tensor>;
 
 // f(T()) with the kernels' type of that name.
 template <typename F>
@@ -100,12 +98,9 @@ Forward<T> forward(const Tensor& x, const Geometry& geometry) {
 
 Tensor empty_sums(const Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(at::kDouble)); }
 
-// What the forwards over a batch share: [y, stats] from the batch itself, or from `sums`.
-std::tuple<Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                     const OptionalTensor& num_batches_tracked, Source source, const double* sums,
-                                     std::optional<double> momentum, double eps) {
-  const Tensor x = dense(input);
+// What the forwards share: [y, stats] from the batch itself, from running statistics or from sums.
+Normalized normalize(const Operands& o, const Spec& s, Source source) {
+  const Tensor x = dense(o.x);
   const Geometry geometry = checked_geometry(x);
   Tensor y = at::empty_like(x);
   Tensor stats = at::empty({2, geometry.stats}, x.options().dtype(at::kDouble));
@@ -115,55 +110,52 @@ std::tuple<Tensor, Tensor> normalize(const Tensor& input, const OptionalTensor& 
     Forward<T> op = forward<T>(x, geometry);
     op.y = x.numel() > 0 ? write<T>(y) : nullptr;
     op.source = source;
-    op.eps = eps;
-    op.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
-    op.weight = read_channels<T>(weight);
-    op.bias = read_channels<T>(bias);
+    op.eps = s.eps;
+    op.momentum = s.momentum.value_or(0);
+    op.cumulative = s.update && !s.momentum;
+    op.weight = read_channels<T>(o.weight);
+    op.bias = read_channels<T>(o.bias);
     if (source == Source::kRunning) {
-      op.running_mean = read_channels<T>(running_mean);
-      op.running_var = read_channels<T>(running_var);
-    } else if (!recomputes_forward()) {
-      op.running_mean = write_channels<T>(running_mean);
-      op.running_var = write_channels<T>(running_var);
-      if (num_batches_tracked) op.num_batches_tracked = write<int64_t>(*num_batches_tracked);
+      op.running_mean = read_channels<T>(o.running_mean);
+      op.running_var = read_channels<T>(o.running_var);
+    } else if (s.update) {
+      op.running_mean = write_channels<T>(o.running_mean);
+      op.running_var = write_channels<T>(o.running_var);
+      if (o.num_batches_tracked) op.num_batches_tracked = write<int64_t>(*o.num_batches_tracked);
     }
-    op.sums = sums;
+    if (o.sums) op.sums = read<double>(*o.sums);
     op.stats = write<double>(stats);
     launch(op, request<Forward<T>>(geometry, aligned(x, y), source == Source::kBatch, true));
   });
   return {std::move(y), std::move(stats)};
 }
 
-std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                      const OptionalTensor& num_batches_tracked, bool training,
-                                      std::optional<double> momentum, double eps) {
-  check_forward(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-  const CUDAGuard guard(x.device());
-  if (training && x.numel() == 0) {  // no element, no statistics, nothing to track
-    const auto options = x.options().dtype(at::kDouble);
-    return {at::empty_like(x), at::empty({2, x.size(1)}, options).fill_(std::nan(""))};
+Normalized forward(const Operands& o, const Spec& s) {
+  check_forward(o, s);
+  check_written_once(o, s);
+  check_reads_not_written(o, s);
+  const CUDAGuard guard(o.x.device());
+  if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
+    const auto options = o.x.options().dtype(at::kDouble);
+    return {at::empty_like(o.x), at::empty({2, o.x.size(1)}, options).fill_(std::nan(""))};
   }
-  return normalize(x, weight, bias, running_mean, running_var, num_batches_tracked,
-                   training ? Source::kBatch : Source::kRunning, nullptr, momentum, eps);
+  return normalize(o, s, s.training ? Source::kBatch : Source::kRunning);
 }
 
-std::tuple<Tensor, Tensor> apply(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                 const OptionalTensor& num_batches_tracked, const Tensor& sums,
-                                 std::optional<double> momentum, double eps) {
-  check_parameters(x, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true, momentum, eps);
-  check_sums(x, sums, 2 * x.size(1) + 1, "sums");
-  const CUDAGuard guard(x.device());
-  return normalize(x, weight, bias, running_mean, running_var, num_batches_tracked, Source::kSums, read<double>(sums),
-                   momentum, eps);
+Normalized apply(const Operands& o, const Spec& s) {
+  check_operands(o, s);
+  check_written_once(o, s);
+  check_reads_not_written(o, s);
+  check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
+  const CUDAGuard guard(o.x.device());
+  return normalize(o, s, Source::kSums);
 }
 
 Tensor moments(const Tensor& input) {
   check_input(input);
   const CUDAGuard guard(input.device());
   const Tensor x = dense(input);
-  const int64_t size = 2 * x.size(1) + 1;
+  const int64_t size = sums_size(x.size(1));
   if (x.numel() == 0) return at::zeros({size}, x.options().dtype(at::kDouble));
   const Geometry geometry = checked_geometry(x);
   Tensor sums = empty_sums(x, size);
@@ -190,6 +182,7 @@ struct Gradient {
     op.dy = read<T>(dy);
     op.x = read<T>(x);
     op.channels = geometry.stats;
+    op.inner = geometry.inner;
     op.training = true;
     op.count = static_cast<double>(geometry.count());
     op.stats = read<double>(stats);
@@ -212,20 +205,15 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const Tensor& input,
-                                                       const OptionalTensor& weight, const Tensor& stats, bool training,
-                                                       std::array<bool, 3> output_mask) {
+Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
   check_backward(grad, input, weight, stats);
   const CUDAGuard guard(input.device());
   const Gradient gradient(grad, input);
   const Tensor& x = gradient.x;
-  const auto [want_dx, want_dweight, want_dbias] = output_mask;
-  const auto options =
-      weight ? weight->options() : x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const int64_t channels = x.size(1);
-  Tensor dx = want_dx ? at::empty_like(x) : Tensor();
-  Tensor dweight = want_dweight ? at::empty(weight ? weight->sizes() : at::IntArrayRef(channels), options) : Tensor();
-  Tensor dbias = want_dbias ? at::empty({channels}, options) : Tensor();
+  const auto [want_dx, want_dweight, want_dbias] = mask;
+  Tensor dx = want_dx ? at::empty_like(x) : Tensor(), dweight, dbias;
+  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask);
   if (x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();
@@ -283,10 +271,10 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
-  m.impl("batch_norm", batch_norm);
-  m.impl("batch_norm_backward", batch_norm_backward);
+  register_forward<forward>(m);
+  register_apply<apply>(m);
+  m.impl("batch_norm_backward", backward);
   m.impl("moments", moments);
-  m.impl("apply", apply);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);
 }

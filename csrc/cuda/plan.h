@@ -3,23 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <iterator>
+#include <string>
 
-#include "shape.h"
+#include "override.h"
 
 namespace batchnorm_ext::cuda {
 
 enum class Pattern { kRow, kColumn };
-
-// kBlock   one block per group, which keeps it in shared memory between reduction and map
-// kGrid    the same with a team of blocks, all resident at once, that meet at a barrier; of a group that is larger than
-//          the chip they keep what they can, and read the rest again
-// kSplit   two launches, reduction and map; the second reads the tensor again
-// kReduce  the reduction alone
-// kMap     the map alone
-enum class Policy { kBlock, kGrid, kSplit, kReduce, kMap };
 
 struct Device {
   int architecture = 90;  // 10 * major + minor
@@ -67,47 +58,13 @@ struct Plan {
   }
 };
 
-// What the user has a say in: BATCHNORM_EXT_CUDA_PLAN="policy=grid,ranks=8,width=32,relay=1000,margin=16". What is left
-// out follows the rules. `relay` is kRelaySums; `margin` is the number of multiprocessors left to others: a grid waits
-// until all of its blocks find room, and may so be kept from running beside the collectives of data-parallel training.
-struct Override {
-  Policy policy = Policy::kMap;  // kMap: none
-  int64_t ranks = 0, width = 0, relay = 0, margin = 0;
-
-  static const char* environment() {
-    const char* text = std::getenv("BATCHNORM_EXT_CUDA_PLAN");
-    return text != nullptr ? text : "";
-  }
-
-  static Override from_text(const char* text) {
-    Override o;
-    const auto value = [&](const char* key) {
-      const char* found = std::strstr(text, key);
-      return found == nullptr ? "" : found + std::strlen(key);
-    };
-    constexpr struct {
-      const char* name;
-      Policy policy;
-    } kNames[] = {{"block", Policy::kBlock}, {"grid", Policy::kGrid}, {"split", Policy::kSplit}};
-    for (const auto& [name, policy] : kNames)
-      if (std::strncmp(value("policy="), name, std::strlen(name)) == 0) o.policy = policy;
-    o.ranks = std::atoll(value("ranks="));
-    o.width = std::atoll(value("width="));
-    o.relay = std::atoll(value("relay="));
-    o.margin = std::atoll(value("margin="));
-    return o;
-  }
-};
-
-constexpr int64_t kSegmentBytes = 128;               // the least to touch in a row, the longest run taken as a column
-constexpr int64_t kLeastChunkBytes = 8 << 10;        // below it the barrier costs more than the chunk
-constexpr int64_t kMapChunkBytes = 64 << 10;         // for a launch that only maps
-constexpr int64_t kReduceChunkBytes = 512 << 10;     // for a launch that only reduces
-constexpr int64_t kReserved = 1 << 10;               // of shared memory, by the system, for every block
-constexpr int64_t kRelaySums = 2048;                 // sums of other ranks that a block still adds up for itself
-constexpr int64_t kMostBlocks = int64_t{1} << 30;    // of a launch
-constexpr int64_t kMostRanks = 65535;                // the second dimension of a CUDA grid
-constexpr int64_t kMostElements = int64_t{1} << 30;  // of a chunk, and of a run: their sum is divided in 31 bits
+constexpr int64_t kSegmentBytes = 128;             // the least to touch in a row, the longest run taken as a column
+constexpr int64_t kLeastChunkBytes = 8 << 10;      // below it the barrier costs more than the chunk
+constexpr int64_t kMapChunkBytes = 64 << 10;       // for a launch that only maps
+constexpr int64_t kReduceChunkBytes = 512 << 10;   // for a launch that only reduces
+constexpr int64_t kReserved = 1 << 10;             // of shared memory, by the system, for every block
+constexpr int64_t kRelaySums = 2048;               // sums of other ranks that a block still adds up for itself
+constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a launch
 
 // What the rules look at. least_ranks: blocks it takes to keep a group; resident: blocks on the chip at once.
 struct Facts {
@@ -142,7 +99,11 @@ class Planner {
  public:
   Planner(const Request& request, const Device& device, const Override& override)
       : request_(request), device_(device), override_(override) {
-    device_.sms = static_cast<int>(std::max<int64_t>(1, device_.sms - override_.margin));
+    const int64_t margin = override_.margin.value_or(0);
+    if (margin >= device_.sms)
+      Override::reject("margin to be less than the multiprocessors of the device, " + std::to_string(device_.sms),
+                       std::to_string(margin));
+    device_.sms -= static_cast<int>(margin);
   }
 
   Plan plan() {
@@ -179,7 +140,7 @@ class Planner {
     }
     int64_t width = 1;
     if (!row()) {
-      const int64_t wanted = override_.width > 0 ? override_.width : ceil_div(kSegmentBytes, g.inner * size);
+      const int64_t wanted = override_.width.value_or(ceil_div(kSegmentBytes, g.inner * size));
       width = std::min(ceil_div(wanted, unit), ceil_div(g.stats, unit)) * unit;
       while (width > unit && columns(width) > kThreads) width -= unit;
     }
@@ -258,7 +219,7 @@ class Planner {
                           (override_.policy == Policy::kBlock && facts_.one_block()) ||
                           (override_.policy == Policy::kGrid && device_.cooperative);
     if (!possible) return;
-    plan_.policy = override_.policy;
+    plan_.policy = *override_.policy;
     plan_.rule = "override";
   }
 
@@ -291,7 +252,7 @@ class Planner {
                     : grid                      ? grid_ranks()
                     : policy == Policy::kReduce ? free_ranks(kReduceChunkBytes)
                                                 : free_ranks(kMapChunkBytes);
-    if (override_.ranks > 0 && !block) ranks = override_.ranks;
+    if (!block) ranks = override_.ranks.value_or(ranks);
     if (grid) ranks = std::min(ranks, facts_.resident);
     ranks = std::clamp<int64_t>(ranks, ceil_div(total() * shape_.columns.divisor * plan_.pack, kMostElements), total());
     ranks = std::min(ranks, kMostRanks);
@@ -302,7 +263,7 @@ class Planner {
     const int64_t teams = grid ? std::min<int64_t>(s.groups, facts_.resident / s.ranks) : s.groups;
     s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
     s.rank_bits = thread_bits(s.ranks);
-    s.relay = grid && int64_t{s.ranks} * s.width > (override_.relay > 0 ? override_.relay : kRelaySums);
+    s.relay = grid && int64_t{s.ranks} * s.width > override_.relay.value_or(kRelaySums);
     if (block || grid) s.kept = static_cast<int32_t>(kept(ceil_div(s.chunk, taken_in_a_step())));
     return {s, s.layout.kept + s.kept * step_bytes()};
   }

@@ -45,16 +45,17 @@ __device__ __forceinline__ void fold(int channels, int count, int bits, const Ge
   }
 }
 
-// The moments of a channel in this chunk about `origin` in fp64, by a whole warp: for the rare values whose squares
-// leave the range of fp32.
-template <typename T, typename Chunk>
-__device__ __forceinline__ double2 resum(const Chunk& chunk, const T* x, int channel, double origin) {
+// The sums of a channel in this chunk in fp64, by a whole warp: for the rare values whose products leave the range of
+// fp32.
+template <typename Op, typename Chunk>
+__device__ __forceinline__ double2 resum(const Chunk& chunk, const Op& op, int channel) {
+  const double origin = op.origin(chunk.first + channel);
   double2 sum{0, 0};
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < chunk.count(); i += kWarp) {
-    const double d = static_cast<double>(widen(x[chunk.element(channel, i)])) - origin;
-    sum.x += d;
-    sum.y += d * d;
+    const double2 terms = op.terms(chunk.element(channel, i), origin);
+    sum.x += terms.x;
+    sum.y += terms.y;
   }
   return {warp_sum(sum.x), warp_sum(sum.y)};
 }
@@ -165,10 +166,11 @@ __device__ __forceinline__ void sum_block(const Shape& s, const Op& op, const Ch
     return Lanes::about_origin(entries[at], chunk.entry_count(i), most, e);
   };
   const auto put = [&](int channel, double2 sum, bool writes) {
-    if constexpr (Op::kMoments) {
-      for (unsigned lost = __ballot_sync(kFullMask, writes && !isfinite(sum.y)); lost != 0; lost &= lost - 1) {
+    if constexpr (std::is_same_v<A, float>) {
+      const bool loses = writes && op.loses(chunk.first + channel, sum, most);
+      for (unsigned lost = __ballot_sync(kFullMask, loses); lost != 0; lost &= lost - 1) {
         const int which = __shfl_sync(kFullMask, channel, __ffs(lost) - 1);
-        const double2 again = resum(chunk, op.x, which, origins[which]);
+        const double2 again = resum(chunk, op, which);
         if (channel == which) sum = again;
       }
     }

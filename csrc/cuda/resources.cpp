@@ -4,24 +4,26 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
+
+#include "counters.h"
 
 namespace batchnorm_ext::cuda {
 namespace {
 
 constexpr int kMostDevices = 128;
-constexpr size_t kMostPlans = 1024;               // kept by a thread
-constexpr int64_t kLeastCounterBytes = 64 << 10;  // enough for every block of today's GPUs to lead a team
+constexpr size_t kMostPlans = 1024;  // kept by a thread
 
 std::array<std::atomic<bool>, kMostDevices> cooperation_refused;
 
@@ -40,67 +42,113 @@ Device describe(int index) {
       .cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0 && !cooperation_refused[index]};
 }
 
-// Plans are made once for every shape, and again when the user changes the rules.
+// f(), whose std::invalid_argument becomes Python's ValueError.
+template <typename F>
+auto with_value_errors(const F& f) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    C10_THROW_ERROR(ValueError, error.what());
+  }
+}
+
+Override parse(const std::string& text) {
+  return with_value_errors([&] { return Override::from_text(text); });
+}
+
+// The override in force: that of the environment, read at the first use, until another one takes its place.
+struct InForce {
+  std::mutex mutex;
+  std::string text = Override::environment();
+  Override override = parse(text);
+  std::atomic<int64_t> version{0};
+};
+
+InForce& in_force() {
+  static auto& override = *new InForce;  // outlives the threads that may still launch at exit
+  return override;
+}
+
+// Returns the text of the one before.
+std::string override_plan(std::string text) {
+  const Override override = parse(text);
+  InForce& current = in_force();
+  const std::lock_guard<std::mutex> lock(current.mutex);
+  current.override = override;
+  current.text.swap(text);
+  ++current.version;
+  return text;
+}
+
+Plan make_plan(const Request& request, int device) {
+  InForce& current = in_force();
+  const std::lock_guard<std::mutex> lock(current.mutex);
+  return with_value_errors([&] { return Planner(request, describe(device), current.override).plan(); });
+}
+
+// Plans are made once for every shape, and again after another override.
 const Plan& plan_for(const Request& r, int device) {
-  using Key = std::array<int64_t, 11>;
+  using Key = std::array<int64_t, 12>;
   thread_local std::map<Key, Plan> plans;
-  thread_local std::string rules;
-  const char* const text = Override::environment();
-  if (rules != text || plans.size() >= kMostPlans) plans.clear();
-  rules = text;
-  const Key key = {device,
-                   r.geometry.outer,
-                   r.geometry.stats,
-                   r.geometry.inner,
-                   r.element_bytes,
-                   r.inputs,
-                   r.coefficients,
-                   r.aligned,
-                   r.reduces,
-                   r.maps,
-                   cooperation_refused[device]};
+  const Key key = {device,           in_force().version, r.geometry.outer, r.geometry.stats,
+                   r.geometry.inner, r.element_bytes,    r.inputs,         r.coefficients,
+                   r.aligned,        r.reduces,          r.maps,           cooperation_refused[device]};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
-  return plans.emplace(key, Planner(r, describe(device), Override::from_text(text)).plan()).first->second;
+  if (plans.size() >= kMostPlans) plans.clear();
+  return plans.emplace(key, make_plan(r, device)).first->second;
 }
 
-// Of the capture that the stream is part of, or 0.
-unsigned long long capture_of(cudaStream_t stream) {
-  cudaStreamCaptureStatus status{};
+struct Capture {
+  cudaGraph_t graph = nullptr;  // none: launches run
   unsigned long long id = 0;
+};
+
+// The capture that the stream is part of.
+Capture capture_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status{};
+  Capture capture;
 #if CUDART_VERSION >= 13000
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &capture.id, &capture.graph));
 #else
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, &id));
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v2(stream, &status, &capture.id, &capture.graph));
 #endif
-  return status == cudaStreamCaptureStatusActive ? id : 0;
+  return status == cudaStreamCaptureStatusActive ? capture : Capture();
 }
 
-// Counters for all launches on a stream, which come one after the other. Launches that are captured get others, since
-// their graph may be replayed on any stream at any time. For the same reason they are never given back; they are not
-// from torch's allocator because a stream may belong to one of its private pools today and not tomorrow.
-void* counters_for(int64_t bytes, int device, cudaStream_t stream) {
-  struct Counters {
-    void* memory;
-    int64_t bytes;
-  };
-  using Key = std::tuple<int, cudaStream_t, unsigned long long>;
-  static std::mutex mutex;
-  static auto& known = *new std::map<Key, Counters>;  // outlives the threads that may still launch at exit
-
-  const unsigned long long capture = capture_of(stream);
-  const std::lock_guard<std::mutex> lock(mutex);
-  Counters& counters = known[{device, stream, capture}];
-  if (counters.bytes >= bytes) return counters.memory;
-  bytes = std::max({bytes, 2 * counters.bytes, kLeastCounterBytes});
+// Not from torch's allocator: during a capture its memory belongs to a pool that other graphs may share and write to,
+// so that every replay would have to zero the counters first. Zeroed here, on a stream of its own: a memset on the
+// stream that is captured would be part of the graph, too.
+void* allocate_counters(int64_t bytes) {
+  const c10::cuda::CUDAStreamCaptureModeGuard allocate_while_capturing{cudaStreamCaptureModeRelaxed};
   void* memory = nullptr;
-  {
-    const c10::cuda::CUDAStreamCaptureModeGuard allocate_while_capturing{cudaStreamCaptureModeRelaxed};
-    C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
-  }
+  cudaStream_t stream = nullptr;
+  C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
-  counters = {memory, bytes};
+  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+  C10_CUDA_CHECK(cudaStreamDestroy(stream));
   return memory;
+}
+
+// Makes the graph own the lease, and with it all that CUDA makes of the graph: clones, executables, child graphs. CUDA
+// ends the lease after the last of them and its last launch ("CUDA User Objects" in the CUDA Programming Guide). What
+// ends it must not call CUDA: that is why the counters are not freed then, but left to the next graph.
+void hold(cudaGraph_t graph, std::unique_ptr<CounterPool::Lease> lease) {
+  const auto end = [](void* held) { delete static_cast<CounterPool::Lease*>(held); };
+  cudaUserObject_t object = nullptr;
+  C10_CUDA_CHECK(cudaUserObjectCreate(&object, lease.get(), end, 1, cudaUserObjectNoDestructorSync));
+  lease.release();
+  const cudaError_t status = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+  if (status != cudaSuccess) static_cast<void>(cudaUserObjectRelease(object));  // which ends the lease
+  C10_CUDA_CHECK(status);
+}
+
+void* counters_for(int64_t bytes, int device, cudaStream_t stream) {
+  static auto& pool = *new CounterPool;  // outlives the threads that may still launch, or end a graph, at exit
+  const Capture capture = capture_of(stream);
+  const Queue queue{device, stream, capture.graph ? std::optional(capture.id) : std::nullopt};
+  return pool.counters(queue, bytes, allocate_counters, [&](auto lease) { hold(capture.graph, std::move(lease)); });
 }
 
 c10::DataPtr allocate(int64_t bytes) {
@@ -139,5 +187,8 @@ void allow_shared_memory(const void* kernel) {
   C10_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
+
+// For tests and for tuning, which try many plans in one process.
+TORCH_LIBRARY_FRAGMENT(batchnorm_ext, m) { m.def("_override_cuda_plan(str plan) -> str", override_plan); }
 
 }  // namespace batchnorm_ext::cuda

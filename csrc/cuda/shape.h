@@ -22,6 +22,8 @@ constexpr int kLoads = 4;               // packs that a thread loads at once: 64
 constexpr int kPassLanes = 4;           // lanes of a pack that a column reduction sums at a time
 constexpr int kCentreRows = 16;         // of threads in a column whose centres are averaged
 constexpr int64_t kCounterBytes = 128;  // a cache line for each counter that blocks wait on
+constexpr int64_t kMostRanks = 65535;   // the second dimension of a CUDA grid
+constexpr int64_t kMostElements = int64_t{1} << 30;  // of a chunk, and of a run: their sum is divided in 31 bits
 
 // Exact quotients of numbers below 2^31 by multiplication (Granlund & Montgomery 1994, "Division by invariant integers
 // using multiplication", figure 4.1).

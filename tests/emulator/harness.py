@@ -29,7 +29,7 @@ MISUSE, RACE, MEMORY = 3, 66, 67
 
 _FLAGS = (
     "-std=c++20 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off "
-    "-fno-omit-frame-pointer -DBATCHNORM_EXT_EMULATOR"
+    "-fno-omit-frame-pointer -pthread -DBATCHNORM_EXT_EMULATOR"
 ).split()
 _OPTIONS = {
     "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}:atexit_sleep_ms=0",

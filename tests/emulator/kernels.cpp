@@ -23,56 +23,29 @@ namespace {
 using namespace batchnorm_ext;
 using namespace batchnorm_ext::cuda;
 
-struct ReluAfterSum {
-  static constexpr bool kExtra = true;
-  template <typename A>
-  A operator()(A value, A extra) const {
-    return value + extra < 0 ? A(0) : value + extra;
-  }
-};
-
-// The gradient passes where the second tensor is positive.
-struct ReluGradient {
-  static constexpr bool kExtra = true;
-  template <typename A>
-  A operator()(A value, A extra) const {
-    return extra > 0 ? value : A(0);
-  }
-};
-
 template <typename T>
 class Test : Problem<T> {
-  using A = Acc<T>;
   using Problem<T>::settings_, Problem<T>::g_, Problem<T>::n_, Problem<T>::aligned_, Problem<T>::eps_;
-  using Problem<T>::x_, Problem<T>::dy_, Problem<T>::extra_, Problem<T>::weight_, Problem<T>::bias_;
+  using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
-  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit;
+  using Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
 
  public:
   using Problem<T>::Problem;
 
   void run() {
-#if defined(BATCHNORM_EXT_KERNELS_OF)
-    run<NoHook, NoHook>();
-#else
-    settings_.is("hook", "relu") ? run<ReluAfterSum, ReluGradient>() : run<NoHook, NoHook>();
-#endif
-  }
-
- private:
-  template <typename Hook, typename GradHook>
-  void run() {
     const std::string& op = settings_.text("op");
     if (op == "forward" || op == "eval" || op == "moments" || op == "apply" || op == "scale")
-      forward<Hook>(op);
+      forward(op);
     else if (op == "backward" || op == "eval_backward" || op == "sums_backward" || op == "grad_moments" ||
              op == "grad_apply")
-      backward<GradHook>(op);
+      backward(op);
     else
       Settings::misuse(op);
   }
 
+ private:
   void launch(const auto& op, bool reduces, bool maps, int turn) {
     using Op = std::remove_cvref_t<decltype(op)>;
     // Of an empty tensor one that has its channels, as the launches of the library have it.
@@ -126,38 +99,36 @@ class Test : Problem<T> {
       check("byte of an output repeated", i, bytes[i], first_outputs_[i], 0);
   }
 
-  template <typename Hook>
   void forward(const std::string& op) {
     const int64_t channels = g_.stats;
     const bool cumulative = settings_.is("momentum", "none"), tracks = op == "forward" || op == "apply",
                reduces = op == "forward" || op == "moments", maps = op != "moments",
                scales = op == "scale";  // the gradient of an evaluation: with the invstd there is and nothing else
     const Exact n = op == "apply" ? total() : n_;
-    const Buffer<double> stats(2 * channels), sums_out(2 * channels + 1), sums_in = larger_sums(n);
+    const Buffer<double> stats(2 * channels), sums_out(4 * channels + 1), sums_in = larger_sums(n);
     const Buffer<T> y(g_.numel(), aligned_);
     int64_t batches = 3;
-    Forward<T, Hook> call{.x = x_.data(),
-                          .y = maps && n_ > 0 ? y.data() : nullptr,
-                          .extra = extra_.data(),
-                          .channels = channels,
-                          .inner = g_.inner,
-                          .source = op == "eval"    ? Source::kRunning
-                                    : op == "apply" ? Source::kSums
-                                    : scales        ? Source::kStats
-                                                    : Source::kBatch,
-                          .count = static_cast<double>(n_),
-                          .eps = eps_,
-                          .momentum = cumulative ? NAN : std::stod(settings_.text("momentum")),
-                          .weight = weight_.view(),
-                          .bias = bias_.view(),
-                          .running_mean = running_mean_.view(),
-                          .running_var = running_var_.view(),
-                          .num_batches_tracked = tracks ? &batches : nullptr,
-                          .sums = op == "apply" ? sums_in.data() : nullptr,
-                          .sums_out = op == "moments" ? sums_out.data() : nullptr,
-                          .stats = op == "moments" ? nullptr : stats.data(),
-                          .centred = !scales,
-                          .hook = Hook()};
+    Forward<T> call{.x = x_.data(),
+                    .y = maps && n_ > 0 ? y.data() : nullptr,
+                    .channels = channels,
+                    .inner = g_.inner,
+                    .source = op == "eval"    ? Source::kRunning
+                              : op == "apply" ? Source::kSums
+                              : scales        ? Source::kStats
+                                              : Source::kBatch,
+                    .count = static_cast<double>(n_),
+                    .eps = eps_,
+                    .momentum = cumulative ? 0 : std::stod(settings_.text("momentum")),
+                    .cumulative = cumulative,
+                    .weight = weight_.view(),
+                    .bias = bias_.view(),
+                    .running_mean = running_mean_.view(),
+                    .running_var = running_var_.view(),
+                    .num_batches_tracked = tracks ? &batches : nullptr,
+                    .sums = op == "apply" ? sums_in.data() : nullptr,
+                    .sums_out = op == "moments" ? sums_out.data() : nullptr,
+                    .stats = op == "moments" ? nullptr : stats.data(),
+                    .centred = !scales};
     if (op == "moments" || scales) call.running_mean = call.running_var = {};
     if (scales) call.bias = {};
     for (int turn = 0; turn < 2; ++turn) {
@@ -176,11 +147,10 @@ class Test : Problem<T> {
         const Statistics& s = all[c];
         const Exact mean_error = s.mean_error * s.std, var_error = s.var_error * s.std * s.std;
         if (op == "moments") {
-          const Exact squares = s.var + s.mean * s.mean;
-          check("sums: n * mean", c, sums_out[c], n * s.mean, n * mean_error);
-          check("sums: squares", c, sums_out[channels + c], n * squares,
-                n * (var_error + 2 * std::fabs(s.mean) * mean_error + 4 * kMergeUnit * squares));
-          check("sums: n", c, sums_out[2 * channels], n, 0);
+          const Statistics out = of_sums(sums_out, c);
+          check("sums: mean", c, out.mean, s.mean, mean_error);
+          check("sums: variance", c, out.var, s.var, var_error + 4 * kExactUnit * s.mean * s.mean);
+          check("sums: n", c, sums_out[4 * channels], n, 0);
         } else if (!scales) {
           check_rounded<double>("mean", c, stats[c], s.mean, mean_error);
           check_rounded<double>("invstd", c, stats[channels + c], 1 / s.std, s.invstd_error() / s.std);
@@ -195,10 +165,10 @@ class Test : Problem<T> {
         const int64_t c = channel_of(i);
         const Statistics& s = all[c];
         const Exact xhat = (widen(x_[i]) - s.mean) / s.std, scaled = weight_.get(c) * xhat,
-                    bias = scales ? 0 : bias_.get(c), extra = Hook::kExtra ? widen(extra_[i]) : 0;
+                    bias = scales ? 0 : bias_.get(c);
         const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error();
-        const Exact terms = std::fabs(scaled) + std::fabs(bias) + std::fabs(extra) + error;
-        check_rounded<T>("y", i, widen(y[i]), Hook()(scaled + bias, extra), error + 4 * kUnit * terms);
+        const Exact terms = std::fabs(scaled) + std::fabs(bias) + error;
+        check_rounded<T>("y", i, widen(y[i]), scaled + bias, error + 4 * kUnit * terms);
       }
     }
   }
@@ -211,7 +181,6 @@ class Test : Problem<T> {
     check_channel(name, c, running, (1 - factor) * before + factor * to, factor * error + rounding);
   }
 
-  template <typename Hook>
   void backward(const std::string& op) {
     const int64_t channels = g_.stats;
     const bool training = op != "eval_backward", halves = op == "grad_moments" || op == "grad_apply";
@@ -227,26 +196,25 @@ class Test : Problem<T> {
     const auto xhat = [&](int64_t i) -> Exact {
       return (widen(x_[i]) - Exact(stats[channel_of(i)])) * stats[channels + channel_of(i)];
     };
-    const auto dy = [&](int64_t i) -> Exact { return Hook()(widen(dy_[i]), Hook::kExtra ? widen(extra_[i]) : A(0)); };
+    const auto dy = [&](int64_t i) -> Exact { return widen(dy_[i]); };
     std::vector<Exact> sum = sums(dy), dot = sums([&](int64_t i) { return dy(i) * xhat(i); });
     // How large the terms are: what rounding is relative to.
     std::vector<Exact> sum_terms = sums([&](int64_t i) { return std::fabs(dy(i)); }),
                        dot_terms = sums([&](int64_t i) { return std::fabs(dy(i)) * (1 + std::fabs(xhat(i))); });
-    Backward<T, Hook> call{.dy = dy_.data(),
-                           .x = x_.data(),
-                           .dx = maps ? dx.data() : nullptr,
-                           .extra = extra_.data(),
-                           .channels = channels,
-                           .training = training,
-                           .count = static_cast<double>(n_),
-                           .total_count = op == "grad_apply" ? count.data() : nullptr,
-                           .stats = stats.data(),
-                           .weight = weight_.view(),
-                           .dweight = {},
-                           .dbias = {},
-                           .sums = op == "grad_apply" ? sums_in.data() : nullptr,
-                           .sums_out = op == "grad_moments" ? sums_out.data() : nullptr,
-                           .hook = Hook()};
+    Backward<T> call{.dy = dy_.data(),
+                     .x = x_.data(),
+                     .dx = maps ? dx.data() : nullptr,
+                     .channels = channels,
+                     .inner = g_.inner,
+                     .training = training,
+                     .count = static_cast<double>(n_),
+                     .total_count = op == "grad_apply" ? count.data() : nullptr,
+                     .stats = stats.data(),
+                     .weight = weight_.view(),
+                     .dweight = {},
+                     .dbias = {},
+                     .sums = op == "grad_apply" ? sums_in.data() : nullptr,
+                     .sums_out = op == "grad_moments" ? sums_out.data() : nullptr};
     if (!halves) call.dweight = dweight.view(), call.dbias = dbias.view();
     if (op == "grad_apply") {  // with sums that are not those of the batch
       count[0] = static_cast<double>(total());
@@ -290,7 +258,7 @@ class Test : Problem<T> {
 
 int main(int count, char** arguments) {
   const Settings settings(count, arguments);
-#if defined(BATCHNORM_EXT_KERNELS_OF)  // one type and no hooks, for mutants: there are many to compile
+#if defined(BATCHNORM_EXT_KERNELS_OF)  // one type, for mutants: there are many to compile
   Test<BATCHNORM_EXT_KERNELS_OF>(settings).run();
 #else
   const std::string& dtype = settings.text("dtype");

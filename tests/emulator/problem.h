@@ -38,7 +38,6 @@ class Problem {
         random_(static_cast<unsigned>(settings.number("data_seed"))),
         x_(values(settings.text("data"))),
         dy_(values("normal")),
-        extra_(values("normal")),
         weight_(parameters(0.5, 1.5)),
         bias_(parameters(-1, 1)),
         running_mean_(parameters(-1, 1)),
@@ -46,8 +45,8 @@ class Problem {
 
  protected:
   using A = Acc<T>;
-  // Rounding to nearest: of the type that the kernels accumulate in, and of fp64, in which they merge.
-  static constexpr Exact kUnit = kRounding<A>, kMergeUnit = 0x1p-53L;
+  // Rounding to nearest: of the type that the kernels accumulate in, of fp64, in which they merge, and of this test.
+  static constexpr Exact kUnit = kRounding<A>, kMergeUnit = 0x1p-53L, kExactUnit = 0x1p-64L;
   // How far the data go. float16 ends at 65504 and at 6e-8.
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   static constexpr double kFar = kHalf ? 1e3 : 1e4, kOutlier = kHalf ? 1e4 : 1e6, kHuge = kHalf ? 0x1p10 : 1e30,
@@ -114,17 +113,20 @@ class Problem {
     return per_channel([&](int64_t c) { return statistics(running_mean_.get(c), running_var_.get(c)); });
   }
 
-  // Of sums over more than the batch at hand. Squares about 0 hide what is (std / mean)^2 of them.
+  // Of sums about 0, of which each is in two parts: [sum | rest | squares | rest | n].
+  Statistics of_sums(const Buffer<double>& sums, int64_t c) const {
+    const auto whole = [&](int64_t row) { return Exact(sums[row * g_.stats + c]) + sums[(row + 1) * g_.stats + c]; };
+    const Exact n = sums[4 * g_.stats], mean = whole(0) / n, var = whole(2) / n - mean * mean;
+    Statistics s = statistics(mean, var < 0 ? 0 : var);
+    const Exact away = s.mean * s.mean / (s.std * s.std);
+    s.mean_error = kMergeUnit * std::sqrt(away);
+    s.var_error = 4 * (kMergeUnit + kExactUnit * away);
+    return s;
+  }
+
+  // Of sums over more than the batch at hand.
   std::vector<Statistics> of_sums(const Buffer<double>& sums) const {
-    const Exact n = sums[2 * g_.stats];
-    return per_channel([&](int64_t c) {
-      const Exact mean = sums[c] / n, var = sums[g_.stats + c] / n - mean * mean;
-      Statistics s = statistics(mean, var < 0 ? 0 : var);
-      const Exact away = s.mean * s.mean / (s.std * s.std);
-      s.mean_error = kMergeUnit * std::sqrt(away);
-      s.var_error = 4 * kMergeUnit * (1 + away);
-      return s;
-    });
+    return per_channel([&](int64_t c) { return of_sums(sums, c); });
   }
 
   Statistics statistics(Exact mean, Exact var) const {
@@ -141,15 +143,19 @@ class Problem {
   // Those of the batch as a part of `total` elements that are a little different.
   Buffer<double> larger_sums(Exact total) const {
     const std::vector<Statistics> batch = of_batch();
-    Buffer<double> sums(2 * g_.stats + 1);
+    Buffer<double> sums(4 * g_.stats + 1);
+    const auto set = [&](int64_t row, int64_t c, Exact value) {
+      sums[row * g_.stats + c] = static_cast<double>(value);
+      sums[(row + 1) * g_.stats + c] = static_cast<double>(value - sums[row * g_.stats + c]);
+    };
     for (int64_t c = 0; c < g_.stats; ++c) {
       Exact mean = (n_ > 0 ? batch[c].mean : 0) + 0.1L;
       if (total == 1) mean = static_cast<float>(mean);  // whose square is exact: there is no variance
       const Exact var = total > 1 ? 1.1L * (n_ > 0 ? batch[c].var : 1) + 0.1L : 0;
-      sums[c] = static_cast<double>(total * mean);
-      sums[g_.stats + c] = static_cast<double>(total * (var + mean * mean));
+      set(0, c, total * mean);
+      set(2, c, total * (var + mean * mean));
     }
-    sums[2 * g_.stats] = static_cast<double>(total);
+    sums[4 * g_.stats] = static_cast<double>(total);
     return sums;
   }
 
@@ -162,7 +168,7 @@ class Problem {
   double eps_;      // of the layer, not more than the variances
   Exact walk_ = 0;  // how far the roundings of a channel's sums go: known when it is known who adds up what
   std::mt19937 random_;
-  Buffer<T> x_, dy_, extra_;
+  Buffer<T> x_, dy_;
   PerChannel<T> weight_, bias_, running_mean_, running_var_;
 };
 

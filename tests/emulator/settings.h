@@ -41,7 +41,6 @@ class Settings {
       {"data", "normal"},     // shifted outlier constant huge tiny nan inf
       {"data_seed", "1"},     // of all numbers
       {"aligned", "1"},       // 0: tensors start off the alignment of packs
-      {"hook", "none"},       // relu
       {"parameters", "f32"},  // same: of the type of the input
       {"momentum", "0.25"},   // none: the cumulative average
       {"total", "-1"},        // elements behind the sums that apply and grad_apply get; -1: twice those at hand

@@ -40,10 +40,13 @@ POLICIES = {
     "grad_apply": ["map"],
     "scale": ["map"],
 }
-OPTIONS = {
-    "block": ["", "width=8"],
-    "grid": ["ranks=2", "ranks=3,width=8", "ranks=7,relay=1", "ranks=5,width=16,relay=1"],
-    "split": ["ranks=2", "ranks=3,width=8", "ranks=5"],
+PLANS = {  # a reduction alone and a map alone have no other policy
+    "block": ["policy=block", "policy=block,width=8"],
+    "grid": [
+        f"policy=grid,{options}"
+        for options in ("ranks=2", "ranks=3,width=8", "ranks=7,relay=1", "ranks=5,width=16,relay=1")
+    ],
+    "split": [f"policy=split,{options}" for options in ("ranks=2", "ranks=3,width=8", "ranks=5")],
     "reduce": ["ranks=1", "ranks=3,width=8", "ranks=7"],
     "map": ["ranks=1", "ranks=3,width=8", "ranks=7"],
 }
@@ -68,7 +71,7 @@ DATA = ["normal", "shifted", "outlier", "constant", "huge", "tiny", "nan", "inf"
 
 
 def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
-    """Arguments for every shape, option and hook; the rest is drawn, each time the same."""
+    """Arguments for every shape and plan; the rest is drawn, each time the same."""
     draw = random.Random(f"{op} {policy} {dtype}").choice
     settings = [
         {
@@ -80,11 +83,10 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "data": draw(["normal", *DATA]),
             "data_seed": draw(range(1000)),
             "aligned": draw([1, 1, 0]),
-            "hook": hook,
             "parameters": draw(["f32", "same"]),
             "momentum": draw([0.25, "none"]),
             "total": draw([-1, -1, 1] if outer * inner else [0, 1, 50]),
-            "plan": f"policy={policy},{options}",
+            "plan": plan,
             "sms": draw([2, 4]),
             # a block keeps any group; a grid keeps some of it, if not all
             "shared": 640 << 10 if policy == "block" else draw([128 << 10, 30 << 10]),
@@ -92,8 +94,7 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "seed": draw(range(1000)),
         }
         for outer, stats, inner in SHAPES + (EMPTY if op in ("apply", "eval") else [])
-        for options in OPTIONS[policy]
-        for hook in ["none", "relu"]
+        for plan in PLANS[policy]
     ]
     return [[f"{key}={value}" for key, value in s.items()] for s in settings]
 
@@ -234,6 +235,14 @@ def test_configurations(programs, pool, mode, op, policy, dtype):
     if MODES[mode]:
         commands = random.Random(f"{mode} {op} {policy} {dtype}").sample(commands, MODES[mode])
     assert_passes(programs[mode].result(), pool, commands, f"policy={policy} ")
+
+
+@pytest.mark.parametrize("plan", ["policy=block", "policy=grid,ranks=2", "policy=split,ranks=2"])
+@pytest.mark.parametrize("mode", ["plain"])
+def test_momentum_of_nan_is_no_cumulative_average(programs, pool, mode, plan):
+    """It makes the running statistics NaN, as those of PyTorch's own function."""
+    commands = [f"op={op} momentum=nan outer=40 plan={plan}".split() for op in ("forward", "apply")]
+    assert_passes(programs[mode].result(), pool, commands)
 
 
 @pytest.mark.parametrize("mode", MODES)

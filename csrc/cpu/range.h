@@ -1,0 +1,80 @@
+// Channels whose sums left the range of the lanes, found by what is wrong with the sums, and summed once more.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "../geometry.h"
+#include "../resum.h"
+
+namespace batchnorm_ext::cpu {
+
+// mend(i) for each i in [0, width) that is lost(i), of which there usually is none.
+template <typename Lost, typename Mend>
+void mend_where(int64_t width, const Lost& lost, const Mend& mend) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < width; ++i) found += lost(i);
+  for (int64_t i = 0; found > 0; ++i) {
+    if (!lost(i)) continue;
+    mend(i);
+    --found;
+  }
+}
+
+template <typename T>
+Moments resum_moments(const Geometry& g, const T* x, int64_t channel) {
+  constexpr double unit = std::is_same_v<T, double> ? kShrink : 1;
+  return batchnorm_ext::resum_moments(
+      g.count(), unit, [&](int64_t i) { return static_cast<double>(x[element_of(g.stats, g.inner, channel, i)]); });
+}
+
+// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 vanish. Both show in m2, which then is negative if
+// less was lost between the lanes than in them. A constant channel has m2 == 0 and is not affected. One that holds inf
+// or nan is summed again for its mean.
+template <typename T>
+void mend_moments(const Geometry& g, const T* x, int64_t first, int64_t width, double* mean, double* m2) {
+  const double least =
+      std::is_same_v<T, double> ? -std::numeric_limits<double>::infinity() : static_cast<double>(g.count()) * 1e-30;
+  const auto lost = [&](int64_t i) { return (!is_finite(m2[i])) | ((m2[i] != 0) & (m2[i] < least)); };
+  mend_where(width, lost, [&](int64_t i) {
+    const Moments again = resum_moments(g, x, first + i);
+    mean[i] = again.mean;
+    m2[i] = again.m2();
+  });
+  for (int64_t i = 0; i < width; ++i) m2[i] = m2[i] < 0 ? 0 : m2[i];
+}
+
+// What m2 cannot tell: the invstd of fp64 values whose squares overflow, and the variance of fp32 values whose squares
+// all vanish, next to an eps that is as small.
+template <typename T>
+void mend_spread(const Geometry& g, const T* x, int64_t first, int64_t width, double eps, double* var, double* invstd) {
+  const auto lost = [&](int64_t i) { return std::isinf(var[i]) | ((var[i] == 0) & (eps < 1e-30)); };
+  mend_where(width, lost, [&](int64_t i) {
+    const double n = static_cast<double>(g.count());
+    const Moments again = resum_moments(g, x, first + i);
+    var[i] = again.m2_over(n);
+    invstd[i] = again.invstd(n, eps);
+  });
+}
+
+template <typename T, typename A>
+void mend_grads(const Geometry& g, const T* dy, const T* x, int64_t first, int64_t width, const double* mean,
+                const double* invstd, double* dbias, double* dweight) {
+  const double n = static_cast<double>(g.count());
+  const auto lost = [&](int64_t i) {
+    return grads_lost<A>({dbias[i], dweight[i]}, n, mean[first + i], invstd[first + i]);
+  };
+  mend_where(width, lost, [&](int64_t i) {
+    const int64_t c = first + i;
+    const auto values = [&](const T* from) {
+      return [=, &g](int64_t e) { return static_cast<double>(from[element_of(g.stats, g.inner, c, e)]); };
+    };
+    const GradSums again = resum_grads(g.count(), mean[c], invstd[c], values(dy), values(x));
+    dbias[i] = again.dbias;
+    dweight[i] = again.dweight;
+  });
+}
+
+}  // namespace batchnorm_ext::cpu

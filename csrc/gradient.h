@@ -1,0 +1,68 @@
+// The gradient in differentiable operators, for derivatives of any order.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/rsqrt.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <vector>
+
+#include "ops.h"
+
+namespace batchnorm_ext {
+
+// One value per channel, shaped to broadcast against x.
+inline at::Tensor along_channels(const at::Tensor& values, const at::Tensor& x) {
+  std::vector<c10::SymInt> shape(x.dim(), 1);
+  shape[1] = x.sym_size(1);
+  return values.reshape_symint(shape);
+}
+
+// The dimensions that a statistic runs over: all but the channel.
+inline std::vector<int64_t> reduced_dims(const at::Tensor& x) {
+  std::vector<int64_t> dims;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (d != 1) dims.push_back(d);
+  return dims;
+}
+
+// The formulas of batch_norm_backward (ops.cpp), with mean and invstd as functions of x in training. average({v...})
+// gives the average of each v over the elements of a channel, differentiably and shaped to broadcast; where these are
+// on several ranks it is one message.
+template <typename Average>
+Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, const OptionalTensor& weight,
+                                   const at::Tensor& stats, bool training, std::optional<at::ScalarType> bias_dtype,
+                                   const Mask& mask, const Average& average) {
+  using at::Tensor;
+  const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
+  Tensor centred = x - along_channels(stats[0].to(dtype), x);
+  Tensor invstd = along_channels(stats[1].to(dtype), x);
+  if (training) {
+    // Adds nothing to the statistics but their dependence on x; it needs no eps.
+    centred = centred - average({centred - centred.detach()})[0];
+    const Tensor var = average({centred * centred})[0];
+    invstd = at::rsqrt(invstd.pow(-2) + (var - var.detach()));
+  }
+  const Tensor xhat = centred * invstd;
+  Tensor dx, dweight, dbias;
+  if (mask[0]) {
+    const Tensor scale = weight ? invstd * along_channels(weight->to(dtype), x) : invstd;
+    dx = dy;
+    if (training) {
+      const auto averages = average({dy, dy * xhat});
+      dx = dy - averages[0] - xhat * averages[1];
+    }
+    dx = (scale * dx).to(x_.scalar_type());
+  }
+  const auto sum = [&](const Tensor& terms, at::ScalarType to) { return terms.sum(reduced_dims(x)).to(to); };
+  if (mask[1]) {
+    dweight = sum(dy * xhat, weight ? weight->scalar_type() : dtype);
+    if (weight) dweight = dweight.view_as(*weight);
+  }
+  if (mask[2]) dbias = sum(dy, bias_dtype.value_or(dtype));
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
+}
+
+}  // namespace batchnorm_ext

@@ -1,0 +1,69 @@
+// The operators where there is no data: checks and shapes, for meta and fake tensors, whose sizes may be symbols.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <utility>
+
+#include "checks.h"
+#include "sums.h"
+
+namespace batchnorm_ext {
+namespace {
+
+using at::Tensor;
+
+Tensor empty_doubles(const Tensor& x, c10::SymIntArrayRef size) {
+  return x.new_empty_symint(size, x.options().dtype(at::kDouble));
+}
+
+Normalized normalized(const Tensor& x) { return {at::empty_like(x), empty_doubles(x, {2, x.sym_size(1)})}; }
+
+Normalized forward(const Operands& o, const Spec& s) {
+  check_forward(o, s);
+  return normalized(o.x);
+}
+
+Normalized apply(const Operands& o, const Spec& s) {
+  check_operands(o, s);
+  check_sums(o.x, *o.sums, sums_size(o.x.sym_size(1)), "sums");
+  return normalized(o.x);
+}
+
+Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
+                   Mask mask, std::optional<at::ScalarType> bias_dtype) {
+  check_backward(dy, x, weight, stats);
+  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
+  return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};
+}
+
+Tensor moments(const Tensor& x) {
+  check_input(x);
+  return empty_doubles(x, {sums_size(x.sym_size(1))});
+}
+
+Tensor grad_moments(const Tensor& dy, const Tensor& x, const Tensor& stats) {
+  check_backward(dy, x, std::nullopt, stats);
+  return empty_doubles(x, {x.sym_size(1) * 2});
+}
+
+Tensor grad_apply(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
+                  const Tensor& grad_sums, const Tensor& count) {
+  check_backward(dy, x, weight, stats);
+  check_sums(x, grad_sums, x.sym_size(1) * 2, "grad_sums");
+  check_sums(x, count, 1, "count");
+  return at::empty_like(x);
+}
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
+  register_forward<forward>(m);
+  register_apply<apply>(m);
+  m.impl("batch_norm_backward", backward);
+  m.impl("moments", moments);
+  m.impl("grad_moments", grad_moments);
+  m.impl("grad_apply", grad_apply);
+}
+
+}  // namespace
+}  // namespace batchnorm_ext

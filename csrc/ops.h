@@ -1,0 +1,149 @@
+// The operators as C++ sees them: one bundle of tensors and one Spec. Their argument lists stand here alone, once to
+// receive them and once to call them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace batchnorm_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline OptionalTensor optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// How to normalize.
+struct Spec {
+  bool training;  // with the statistics of the batch, otherwise with the running ones
+  double eps;
+  bool update = false;                           // the running statistics move towards those of the batch
+  std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
+};
+
+// What to normalize, and with what. References: a bundle lives as long as the call.
+struct Operands {
+  const at::Tensor& x;
+  const OptionalTensor &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
+  const OptionalTensor& sums;  // moments of several batches, to be used instead of those of x
+};
+
+inline const OptionalTensor kNone = std::nullopt;
+
+using Normalized = std::tuple<at::Tensor, at::Tensor>;             // y, stats
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias
+using Mask = std::array<bool, 3>;                                  // the gradients that are wanted
+
+// Implements the operators that reduce and map at once by run(operands, spec).
+template <Normalized (*run)(const Operands&, const Spec&)>
+void register_forward(torch::Library& m) {
+  m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                          double eps) {
+    return run({x, weight, bias, running_mean, running_var, kNone, kNone}, {training, eps});
+  });
+  m.impl("batch_norm_update",
+         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+            const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
+            std::optional<double> momentum, double eps) {
+           const OptionalTensor mean = running_mean, var = running_var;
+           return run({x, weight, bias, mean, var, num_batches_tracked, kNone}, {true, eps, true, momentum});
+         });
+}
+
+// The same for those that map by given sums.
+template <Normalized (*run)(const Operands&, const Spec&)>
+void register_apply(torch::Library& m) {
+  m.impl("apply", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const at::Tensor& sums, double eps) {
+    const OptionalTensor given = sums;
+    return run({x, weight, bias, kNone, kNone, kNone, given}, {true, eps});
+  });
+  m.impl("apply_update",
+         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+            const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
+            const at::Tensor& sums, std::optional<double> momentum, double eps) {
+           const OptionalTensor mean = running_mean, var = running_var, given = sums;
+           return run({x, weight, bias, mean, var, num_batches_tracked, given}, {true, eps, true, momentum});
+         });
+}
+
+// dweight has the dtype of weight, dbias that of bias, which the backward does not see otherwise; without one, that of
+// the sums as far as it makes a difference.
+inline std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
+                                                                    std::optional<at::ScalarType> bias_dtype,
+                                                                    const Mask& mask) {
+  const auto absent = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const c10::SymInt channels = x.sym_size(1);
+  const auto empty = [&](c10::SymIntArrayRef size, at::ScalarType dtype) {
+    return x.new_empty_symint(size, x.options().dtype(dtype));
+  };
+  return {mask[1] ? empty(weight ? weight->sym_sizes() : c10::SymIntArrayRef(channels),
+                          weight ? weight->scalar_type() : absent)
+                  : at::Tensor(),
+          mask[2] ? empty(channels, bias_dtype.value_or(absent)) : at::Tensor()};
+}
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Calls the one of these four operators that the operands and the spec ask for.
+inline Normalized call_forward(const Operands& o, const Spec& s) {
+  using at::Tensor;
+  static const auto batch_norm =
+      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, bool, double)>("batchnorm_ext::batch_norm");
+  static const auto batch_norm_update = find_operator<Normalized(
+      const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+      std::optional<double>, double)>("batchnorm_ext::batch_norm_update");
+  static const auto apply = find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                     const Tensor&, double)>("batchnorm_ext::apply");
+  static const auto apply_update = find_operator<Normalized(
+      const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+      const Tensor&, std::optional<double>, double)>("batchnorm_ext::apply_update");
+  if (o.sums && s.update)
+    return apply_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked, *o.sums,
+                             s.momentum, s.eps);
+  if (o.sums) return apply.call(o.x, o.weight, o.bias, *o.sums, s.eps);
+  if (s.update)
+    return batch_norm_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked,
+                                  s.momentum, s.eps);
+  return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps);
+}
+
+inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                               const at::Tensor& stats, bool training, Mask mask,
+                               std::optional<at::ScalarType> bias_dtype) {
+  static const auto op =
+      find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
+                              Mask, std::optional<at::ScalarType>)>("batchnorm_ext::batch_norm_backward");
+  return op.call(dy, x, weight, stats, training, mask, bias_dtype);
+}
+
+inline at::Tensor call_moments(const at::Tensor& x) {
+  static const auto op = find_operator<at::Tensor(const at::Tensor&)>("batchnorm_ext::moments");
+  return op.call(x);
+}
+
+inline at::Tensor call_grad_moments(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& stats) {
+  static const auto op =
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("batchnorm_ext::grad_moments");
+  return op.call(dy, x, stats);
+}
+
+inline at::Tensor call_grad_apply(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                                  const at::Tensor& stats, const at::Tensor& grad_sums, const at::Tensor& count) {
+  static const auto op =
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                               const at::Tensor&, const at::Tensor&)>("batchnorm_ext::grad_apply");
+  return op.call(dy, x, weight, stats, grad_sums, count);
+}
+
+}  // namespace batchnorm_ext

@@ -1,0 +1,61 @@
+// The sums of a channel once more, element by element, for the rare channels whose values leave the range of the sums
+// that are fast. Written once for host and device.
+#pragma once
+
+#include "geometry.h"
+#include "math.h"
+
+namespace batchnorm_ext {
+
+// fp64 values are multiplied by this power of two before they are squared: the squares of the largest are 1e255 then,
+// and those whose squares vanish are 1e160 times smaller than a deviation whose square overflows.
+constexpr double kShrink = 0x1p-600;
+
+// A sum that keeps what its additions round off (Ogita, Rump & Oishi 2005, "Accurate sum and dot product", Sum2).
+class Sum {
+ public:
+  BATCHNORM_EXT_HD void add(double value) {
+    const double sum = total_ + value, part = sum - total_;
+    lost_ += (total_ - (sum - part)) + (value - part);
+    total_ = sum;
+  }
+  BATCHNORM_EXT_HD double value() const { return is_finite(total_) ? total_ + lost_ : total_; }
+  BATCHNORM_EXT_HD bool is_nan() const { return total_ != total_; }
+
+ private:
+  double total_ = 0, lost_ = 0;
+};
+
+// The offset of element i of a channel.
+BATCHNORM_EXT_HD int64_t element_of(int64_t channels, int64_t inner, int64_t channel, int64_t i) {
+  return (i / inner * channels + channel) * inner + i % inner;
+}
+
+// Of the n values get(i).
+template <typename Get>
+BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {
+  Sum values, deviations, squares;
+  for (int64_t i = 0; i < n && !values.is_nan(); ++i) values.add(unit * get(i));
+  const double rough = values.value() / static_cast<double>(n);
+  if (!is_finite(rough)) return {rough, NAN};
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = unit * get(i) - rough;
+    deviations.add(d);
+    squares.add(d * d);
+  }
+  const double shift = deviations.value() / static_cast<double>(n);
+  return {(rough + shift) / unit, squares.value() - deviations.value() * shift, unit};
+}
+
+// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. x - mean alone may overflow.
+template <typename Dy, typename X>
+BATCHNORM_EXT_HD GradSums resum_grads(int64_t n, double mean, double invstd, const Dy& dy, const X& x) {
+  Sum dbias, dweight;
+  for (int64_t i = 0; i < n && !(dbias.is_nan() && dweight.is_nan()); ++i) {
+    dbias.add(dy(i));
+    dweight.add(dy(i) * (2 * ((x(i) / 2 - mean / 2) * invstd)));
+  }
+  return {dbias.value(), dweight.value()};
+}
+
+}  // namespace batchnorm_ext

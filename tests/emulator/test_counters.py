@@ -1,0 +1,33 @@
+"""Counters are shared by launches that never run at once, and graphs that are gone leave none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from emulator.harness import HERE, MODES, ROOT, Result, build, run, unsupported
+
+CASES = [
+    "launches_on_a_stream_share_counters",
+    "graphs_that_are_gone_leave_nothing",
+    "graphs_that_are_there_share_nothing",
+    "branches_of_a_graph_share_nothing",
+    "what_is_outgrown_is_in_use_until_the_graph_is_gone",
+    "counters_stay_on_their_device",
+    "failure_leaves_the_counters_to_the_next_launch",
+    "graphs_may_end_in_any_thread",
+]
+
+
+@pytest.fixture(scope="module", params=MODES)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := unsupported(request.param):
+        pytest.skip(reason)
+    directory = tmp_path_factory.mktemp("counters")
+    return build(HERE / "counters.cpp", request.param, include=[ROOT / "csrc"], directory=directory)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counters(program, case):
+    assert run(program, case) == Result(0, "", "")

@@ -1,0 +1,131 @@
+"""Where this library does something else than native PyTorch on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass
+class Difference:
+    """One reason, and what differs: path into the outcome -> (native's, ours).
+
+    Of a text the beginning is given, of a number a few digits.
+    """
+
+    reason: str
+    values: dict[str, tuple]
+
+    def explains(self, found: dict[str, tuple]) -> bool:
+        return found.keys() == self.values.keys() and all(
+            _agrees(actual, stated)
+            for path, pair in self.values.items()
+            for actual, stated in zip(found[path], pair, strict=True)
+        )
+
+
+def _agrees(actual: object, stated: object) -> bool:
+    if isinstance(stated, str) and isinstance(actual, str):
+        return actual.startswith(stated)
+    if isinstance(stated, float) or isinstance(stated, list):
+        return actual == pytest.approx(stated, rel=1e-3)
+    return actual == stated
+
+
+RESULT = "a result"  # in place of an error
+
+
+def is_accepted_mix(pair: tuple) -> bool:
+    """Parameters and running statistics may each be in float32 or in the dtype of the input.
+
+    Native wants them all in the dtype of the input, or all in float32 and the input in half.
+    """
+    native, ours = pair
+    texts = ("RuntimeError: mixed dtype (CPU)", "RuntimeError: expected scalar type")
+    return ours == RESULT and isinstance(native, str) and native.startswith(texts)
+
+
+def _memory(*paths: str, native: tuple, ours: tuple) -> Difference:
+    return Difference(
+        "The output has the memory format of the input, where native makes it contiguous.",
+        {f"{path}.stride": (native, ours) for path in paths},
+    )
+
+
+def _checkpoint() -> Difference:
+    state = {
+        "running_mean": ([-0.27148, 0.033722, 0.37052], [-0.26131, 0.017748, 0.31343]),
+        "running_var": ([0.62008, 0.81415, 1.20164], [0.56320, 0.78376, 1.10613]),
+        "num_batches_tracked": (2, 1),
+    }
+    return Difference(
+        "A forward that checkpointing repeats does not move the running statistics again.",
+        {f"state.{name}.values": pair for name, pair in state.items()},
+    )
+
+
+def _no_channels(*paths: str) -> Difference:
+    return Difference(
+        "A batch without channels is normalized; native looks for its first one.",
+        {path: ("IndexError: select(): index 0 out of range", RESULT) for path in paths},
+    )
+
+
+def _empty(path: str) -> Difference:
+    return Difference("An empty batch is not counted.", {path: (1, 0)})
+
+
+def _own_statistics() -> Difference:
+    text = "RuntimeError: one of the variables needed for gradient computation has been modified"
+    return Difference(
+        "The backward reads statistics of its own, so that the running ones may change before it.",
+        {"[0]": (text, RESULT), "[1]": (text, RESULT)},
+    )
+
+
+IMAGES = ("[0].y", "[1]")
+
+DIFFERENCES: dict[str, Difference] = {
+    "memory: channels first in memory": _memory(*IMAGES, native=(12, 4, 2, 1), ours=(4, 16, 2, 1)),
+    "memory: overlapping windows": _memory(*IMAGES, native=(12, 4, 2, 1), ours=(4, 16, 2, 1)),
+    "memory: images transposed": _memory(*IMAGES, native=(12, 4, 2, 1), ours=(12, 4, 1, 2)),
+    "memory: samples last in memory": _memory(*IMAGES, native=(12, 4, 2, 1), ours=(1, 16, 8, 4)),
+    "memory: ambiguous strides of channels_last": _memory(
+        *IMAGES, native=(3, 1, 1, 1), ours=(3, 1, 3, 3)
+    ),
+    "memory: (N, C) transposed": _memory("y", native=(3, 1), ours=(1, 8)),
+    "memory: (N, L, C) transposed": _memory("y", native=(15, 5, 1), ours=(15, 1, 3)),
+    "empty batch in training": _empty("state.num_batches_tracked.values"),
+    "empty images": _empty("True.state.num_batches_tracked.values"),
+    "no channels": _no_channels("training", "evaluation", "(N, 0)"),
+    "no channels, backward": _no_channels("result"),
+    "checkpoint, reentrant: result and gradients": _checkpoint(),
+    "checkpoint, not reentrant: result and gradients": _checkpoint(),
+    "running_mean written to between forward and backward": _own_statistics(),
+    "running_var written to between forward and backward": _own_statistics(),
+    "running_mean and weight are one tensor": Difference(
+        "All arguments are read before the running statistics are written.",
+        {
+            "[0].values": (
+                [0.53779, -1.26644, 1.52904, -0.14117, -0.025255, -0.33569, 0.87012, 0.90506],
+                [0.62266, -1.46631, 1.77036, -0.16345, -0.027518, -0.36577, 0.94810, 0.98617],
+            )
+        },
+    ),
+    "lazy: first input of one value per channel, then a good one": Difference(
+        "A batch that is refused is not counted.", {"[1].state.num_batches_tracked.values": (2, 1)}
+    ),
+    "third derivative": Difference(
+        "Native takes the statistics for constants from the third derivative on.",
+        {"[2].values": (-0.33348, 0.0018304)},
+    ),
+    "sync: a group of one process": Difference(
+        "It runs on the CPU.",
+        {"[1]": ("ValueError: SyncBatchNorm expected input tensor to be on GPU", RESULT)},
+    ),
+    "export: a layer with momentum None": Difference(
+        "It can be exported, as the counter is read by the operator.",
+        {"result": ("GuardOnDataDependentSymNode: Could not extract", RESULT)},
+    ),
+}
