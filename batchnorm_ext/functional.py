@@ -136,7 +136,7 @@ def undone_on_error(*written):
     try:
         yield
     except Exception:
-        with torch.no_grad():
-            for tensor, value in zip(written, before, strict=True):
-                tensor.copy_(value)
+        for tensor, value in zip(written, before, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)  # without a trace in autograd or in the version
         raise

@@ -4,11 +4,11 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 ``state_dict``, ``repr``, checks and ``isinstance`` are those of ``torch.nn``.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F  # noqa: F401  (what torch.jit.script compiles, see __wrapped__)
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops
@@ -57,13 +57,15 @@ class _FusedForward:
             with undone_on_error(batches):
                 return native(self, input)
         self._check_input_dim(input)
-        count, batches, momentum = counting(self.momentum, batches, mean, var)
+        counted, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
-        training = self.training or (mean is None and var is None)
-        output = normalize(input, weight, bias, mean, var, batches, training, momentum, self.eps)
-        if count is not None:
-            count(1)
-        return output
+        training = True if self.training else mean is None and var is None
+        arguments = (input, weight, bias, mean, var, batches, training, momentum, self.eps)
+        if counted is None:
+            return normalize(*arguments)
+        with undone_on_error(counted):
+            counted.add_(1)
+            return normalize(*arguments)
 
     def __traced(self, input: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf."""
@@ -99,18 +101,28 @@ def _statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor
 
 def counting(
     momentum: float | None, batches: Tensor | None, mean: Tensor | None, var: Tensor | None
-) -> tuple[Callable[[int], object] | None, Tensor | None, float | None]:
-    """What counts the batch afterwards, or else the counter for the operator; the momentum.
+) -> tuple[Tensor | None, Tensor | None, float | None]:
+    """The counter if it is to be raised here, or else for the operator to raise; the momentum.
 
     The operator counts in int64. A counter of another dtype, as averaging or a checkpoint leaves
     it, counts as natively. Without a counter ``momentum=None`` moves nothing.
     """
     if batches is None:
         return None, None, 0.0 if momentum is None else momentum
-    tracks = mean is not None and var is not None
-    if tracks and type(batches) is Tensor and batches.dtype is torch.int64:
+    if (
+        (type(batches) is Tensor or isinstance(batches, _STAND_INS))
+        and batches.dtype is torch.int64
+        and mean is not None
+        and var is not None
+        and batches.is_meta is mean.is_meta
+    ):
         return None, batches, momentum
-    return batches.add_, None, 1 / float(batches + 1) if momentum is None else momentum
+    if momentum is None and isinstance(batches, Tensor):
+        momentum = 1 / float(batches.detach() + 1)
+    return batches, None, momentum
+
+
+_STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
 
 
 class BatchNorm1d(_FusedForward, nn.BatchNorm1d):

@@ -123,15 +123,15 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         debug = _DEBUG and not torch.compiler.is_compiling()
         if debug:
             self._compare_ranks("forward", group, input)
-        count, batches, momentum = counting(self.momentum, batches, mean, var)
+        counted, batches, momentum = counting(self.momentum, batches, mean, var)
         arguments = (input, weight, bias, mean, var, batches)
         options = (momentum, self.eps, group.group_name, layer)
         if mean is None:
             output = _ops.sync_batch_norm(*arguments, *options)[0]
         else:
             output = track(_ops.sync_batch_norm, *arguments, *options)
-        if count is not None:
-            count(1)
+        if counted is not None:
+            counted.add_(1)
         if debug and _wants_gradient(input):
             output.register_hook(lambda _: self._compare_ranks("backward", group, input))
         return output

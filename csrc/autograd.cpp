@@ -167,8 +167,6 @@ struct Norm : torch::autograd::Function<Norm> {
 };
 
 Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
-  // as the in-place addition of torch.nn does
-  if (o.num_batches_tracked) o.num_batches_tracked->unsafeGetTensorImpl()->bump_version();
   if (is_differentiated(o.x, o.weight, o.bias)) {
     Tensor stats;
     static const Tensor absent = at::empty({0});  // autograd wants a tensor in its place
@@ -179,7 +177,16 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
   return {std::move(y), std::move(stats)};
 }
 
-Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
+// The version of the counter is raised, as by the in-place addition of torch.nn. A tensor of inference mode has none:
+// outside of that mode this raises, before anything is written.
+Normalized normalize_alone(const Operands& o, const Spec& s) {
+  if (!o.num_batches_tracked) return normalize(o, s, {});
+  at::TensorImpl* const counter = o.num_batches_tracked->unsafeGetTensorImpl();
+  if (counter->is_inference()) counter->bump_version();
+  Normalized result = normalize(o, s, {});
+  if (!counter->is_inference()) counter->bump_version();
+  return result;
+}
 
 Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
                               bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {

@@ -27,48 +27,28 @@ def _arguments(**changed):
 
 
 def _bad_calls():
-    """Which argument is bad, what is wrong, the changes, what the message must hold."""
+    """Which argument is bad, what is wrong, the changes."""
     # The tensors are on the CPU, and moved to the device under test by the test.
     meta, double, half = torch.device("meta"), torch.float64, torch.float16
     for training in (True, False):
         both = {"training": training}
-        yield "input", "1-D", {"input": torch.randn(3), **both}, ["dimension", "2", "1"]
-        yield "input", "int64", {"input": torch.ones(4, 3).long(), **both}, ["float32", "[Ll]ong"]
-        yield "input", "bool", {"input": torch.ones(4, 3).bool(), **both}, ["float32", "[Bb]ool"]
+        yield "input", "1-D", {"input": torch.randn(3), **both}
+        yield "input", "int64", {"input": torch.ones(4, 3).long(), **both}
+        yield "input", "bool", {"input": torch.ones(4, 3).bool(), **both}
         for name in ("running_mean", "running_var", "weight", "bias"):
             for size in (2, 4, 0):
-                tensor = torch.ones(size)
-                yield name, f"size {size}", {name: tensor, **both}, ["3", str(size)]
-            for dtype, word in [(double, "[Dd]ouble|float64"), (half, "[Hh]alf|float16")]:
-                yield (
-                    name,
-                    str(dtype),
-                    {name: torch.ones(3, dtype=dtype), **both},
-                    ["float32", word],
-                )
-            long = torch.ones(3).long()
-            yield name, "int64", {name: long, **both}, ["float32", "[Ll]ong|int64"]
-            yield (
-                name,
-                "on meta",
-                {name: torch.ones(3, device=meta), **both},
-                ["on the device of input", "meta"],
-            )
-        yield "eps", "negative", {"eps": -1.0, **both}, ["positive|negative", "-1"]
-    yield "eps", "zero in training", {"eps": 0.0}, ["positive", "0"]
-    one = torch.randn(1, 3, 1, 1)
-    yield (
-        "input",
-        "one value per channel",
-        {"input": one},
-        ["more than 1 value per channel", r"1, 3, 1, 1"],
-    )
+                yield name, f"size {size}", {name: torch.ones(size), **both}
+            for dtype in (double, half, torch.int64):
+                yield name, str(dtype), {name: torch.ones(3).to(dtype), **both}
+            yield name, "on meta", {name: torch.ones(3, device=meta), **both}
+        yield "eps", "negative", {"eps": -1.0, **both}
+    yield "eps", "zero in training", {"eps": 0.0}
+    yield "input", "one value per channel", {"input": torch.randn(1, 3, 1, 1)}
     for name in ("running_mean", "running_var"):
-        yield name, "alone missing in training", {name: None}, ["both|either", "None"]
-        missing = {name: None, "training": False}
-        yield name, "alone missing in eval", missing, ["defined|None|eval"]
+        yield name, "alone missing in training", {name: None}
+        yield name, "alone missing in eval", {name: None, "training": False}
     neither = {"running_mean": None, "running_var": None, "training": False}
-    yield "running_mean", "missing in eval", neither, ["eval"]
+    yield "running_mean", "missing in eval", neither
 
 
 CALLS = list(_bad_calls())
@@ -78,20 +58,18 @@ def _move(value, device):
     return value.to(device) if torch.is_tensor(value) and not value.is_meta else value
 
 
-@pytest.mark.parametrize("name, what, changed, held", CALLS, ids=[f"{c[0]} {c[1]}" for c in CALLS])
-def test_function(name, what, changed, held, device):
-    """The exception is that of native PyTorch on the CPU, whatever the device."""
-    on_cpu = _arguments(**changed)
-    arguments = {k: _move(v, device) for k, v in on_cpu.items()}
+@pytest.mark.parametrize("name, what, changed", CALLS, ids=[f"{c[0]} {c[1]}" for c in CALLS])
+def test_function(name, what, changed, device):
+    """The exception and its text are native's, but ours leaves all arguments as they were."""
+    arguments = {k: _move(v, device) for k, v in _arguments(**changed).items()}
     tensors = {k: v for k, v in arguments.items() if torch.is_tensor(v) and not v.is_meta}
     before = {k: v.clone() for k, v in tensors.items()}
     with pytest.raises(Exception) as native:
-        F.batch_norm(**{k: v.clone() if torch.is_tensor(v) else v for k, v in on_cpu.items()})
-    with pytest.raises(Exception) as raised:
+        F.batch_norm(**{k: v.clone() if torch.is_tensor(v) else v for k, v in arguments.items()})
+    with pytest.raises(type(native.value)) as raised:
         ours.batch_norm(**arguments)
-    assert type(raised.value) is type(native.value), f"{raised.value!r} for {native.value!r}"
-    for words in [name, *held]:
-        raised.match(words)
+    assert type(raised.value) is type(native.value)
+    assert str(raised.value).startswith(str(native.value))
     for key, tensor in tensors.items():
         assert torch.equal(tensor, before[key]), f"{key} changed"
 
@@ -132,7 +110,7 @@ def test_module(kind, size, momentum, device):
 def test_module_dtypes(device):
     module = batchnorm_ext.BatchNorm2d(3).double().to(device)
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="weight|running_mean"):
+    with pytest.raises(RuntimeError, match="mixed dtype|scalar type"):
         module(torch.randn(2, 3, 4, 5, device=device))
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} changed"

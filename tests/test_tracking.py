@@ -1,0 +1,139 @@
+"""Which forwards move the running statistics, and what may be written where."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm_ext
+from support import assert_bitwise, batch_norm, ops
+
+
+def _layer(device, **options):
+    return batchnorm_ext.BatchNorm2d(3, **options).to(device)
+
+
+def _state(layer):
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def _assert_state(layer, expected):
+    for name, buffer in layer.named_buffers():
+        assert_bitwise(name, buffer, expected[name])
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last in its block", "inside its block"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_repeated_forward_is_not_tracked_again(use_reentrant, momentum, last, device):
+    once, layer = _layer(device, momentum=momentum), _layer(device, momentum=momentum)
+    block = nn.Sequential(layer, *[nn.Conv2d(3, 3, 1), nn.Tanh()] * (not last)).to(device)
+    # two micro-batches, both forwards before the backwards
+    batches = [torch.randn(4, 3, 5, 5, device=device, requires_grad=True) for _ in range(2)]
+    losses = [checkpoint(block, x, use_reentrant=use_reentrant).pow(2).sum() for x in batches]
+    for loss in losses:
+        loss.backward()
+    for x in batches:
+        once(x)
+    assert layer.num_batches_tracked == 2
+    _assert_state(layer, _state(once))
+
+
+class Revisited(torch.autograd.Function):
+    """A block that is run again in the backward, as in a reversible network."""
+
+    @staticmethod
+    def forward(ctx, x, block, in_forward, in_backward):
+        ctx.block, ctx.tracks = block, in_backward
+        ctx.save_for_backward(x)
+        block.track_running_stats = in_forward
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        ctx.block.track_running_stats = ctx.tracks
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (dx,) = torch.autograd.grad(ctx.block(x), x, dy)
+        return dx, None, None, None
+
+
+@pytest.mark.parametrize("tracked_in", ["forward", "backward", "both"])
+def test_tracking_that_users_arrange(tracked_in, device):
+    """The batch is tracked once, in whichever of the two forwards they let it."""
+    once, layer = _layer(device), _layer(device)
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    flags = tracked_in != "backward", tracked_in != "forward"
+    Revisited.apply(x, layer, *flags).sum().backward()
+    once(x)
+    _assert_state(layer, _state(once))
+
+
+def test_another_batch_within_a_backward_is_tracked(device):
+    once, layer = _layer(device), _layer(device)
+    first, second = (torch.randn(4, 3, 5, 5, device=device, requires_grad=True) for _ in range(2))
+    y = checkpoint(layer, first, use_reentrant=False)
+
+
+    def look_at_another(_):
+        layer(second.detach())
+
+    first.register_hook(look_at_another)
+    y.pow(2).sum().backward()
+    once(first), once(second)
+    _assert_state(layer, _state(once))
+
+
+def test_compiled_evaluation_writes_nothing(device, fresh_dynamo):
+    """Its schema has no aliases: the versions stay, and a loss may read the statistics."""
+    layer = _layer(device).eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    scale = torch.ones(3, device=device, requires_grad=True)
+    loss = (scale * layer.running_mean).sum() + (scale * layer.running_var).sum()
+    versions = [buffer._version for buffer in layer.buffers()]
+    compiled(torch.randn(2, 3, 4, 4, device=device)).sum().backward()
+    assert [buffer._version for buffer in layer.buffers()] == versions
+    loss.backward()
+    assert_bitwise("gradient", scale.grad, torch.ones_like(scale))
+
+
+@pytest.mark.parametrize("kind", ["expanded mean", "expanded variance", "one for both"])
+def test_statistics_that_share_memory_are_refused(kind, device):
+    x = torch.randn(4, 3, 5, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    if kind == "expanded mean":
+        mean = torch.zeros(1, device=device).expand(3)
+    elif kind == "expanded variance":
+        var = torch.ones(1, device=device).expand(3)
+    else:
+        mean = var
+    before = mean.clone(), var.clone()
+    for function in (
+        lambda: batch_norm(x, None, None, mean, var, None, True, 0.1, 1e-5),
+        lambda: batchnorm_ext.functional.batch_norm(x, mean, var, training=True),
+    ):
+        with pytest.raises(RuntimeError, match="single memory location"):
+            function()
+    assert_bitwise("mean", mean, before[0])
+    assert_bitwise("var", var, before[1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_have_the_dtype_of_their_own_parameter(training, device):
+    """70,000 is more than float16 holds, and the bias is in float32."""
+    x = torch.randn(70_000, 2, device=device, dtype=torch.float16)
+    weight = torch.ones(2, device=device, dtype=torch.float16, requires_grad=True)
+    bias = torch.zeros(2, device=device, requires_grad=True)
+    mean, var = torch.zeros(2, device=device), torch.ones(2, device=device)
+    y = batchnorm_ext.functional.batch_norm(x, mean, var, weight, bias, training)
+    y.backward(torch.ones_like(y))
+    assert weight.grad.dtype is torch.float16
+    assert_bitwise("dbias", bias.grad, torch.full_like(bias, 70_000))
+    with torch.device("meta"):
+        x, dy, weight = torch.empty(4, 2).half(), torch.empty(4, 2).half(), torch.ones(2).half()
+        stats = torch.empty(2, 2, dtype=torch.float64)
+    _, dweight, dbias = ops.batch_norm_backward(
+        dy, x, weight, stats, training, [True] * 3, torch.float32
+    )
+    assert (dweight.dtype, dbias.dtype) == (torch.float16, torch.float32)
