@@ -133,10 +133,13 @@ def undone_on_error(*written):
     """PyTorch's function may write before it fails: then these tensors get their values back."""
     written = [tensor for tensor in written if isinstance(tensor, Tensor)]
     before = [tensor.detach().clone() for tensor in written]
+    versions = [0 if tensor.is_inference() else tensor._version for tensor in written]
     try:
         yield
     except Exception:
-        for tensor, value in zip(written, before, strict=True):
+        for tensor, value, version in zip(written, before, versions, strict=True):
             if not torch.equal(tensor, value):
-                tensor.data.copy_(value)  # without a trace in autograd or in the version
+                tensor.data.copy_(value)
+            if not tensor.is_inference():
+                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
         raise

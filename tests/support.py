@@ -103,6 +103,10 @@ class Problem:
         names = ["running_mean", "running_var", "num_batches_tracked"]
         return {n: getattr(self, n).clone() for n in names if getattr(self, n) is not None}
 
+    @property
+    def bias_dtype(self) -> torch.dtype | None:
+        return None if self.bias is None else self.bias.dtype
+
     def mean_over_std(self, stats: Tensor) -> float:
         """The largest distance of a channel from zero, in standard deviations."""
         ratio = (stats[0] * stats[1]).abs().nan_to_num(0.0)
@@ -235,10 +239,12 @@ def check_backward(problem: Problem, training: bool, stats: Tensor) -> None:
     """Run the backward and assert all gradients against the oracle."""
     x = problem.x
     dx, dweight, dbias = batch_norm_backward(
-        problem.dy, x, problem.weight, stats, training, [True] * 3
+        problem.dy, x, problem.weight, stats, training, [True] * 3, problem.bias_dtype
     )
     assert dx.dtype == x.dtype
     assert dx.stride() == torch.empty_like(x).stride(), "memory format of dx"
     if problem.weight is not None:
-        assert dweight.dtype == dbias.dtype == problem.weight.dtype
+        assert dweight.dtype == problem.weight.dtype
+    if problem.bias is not None:
+        assert dbias.dtype == problem.bias.dtype
     check_gradients(problem, training, dx, dweight, dbias)
