@@ -50,8 +50,11 @@ def batch_norm(
         ValueError: one value per channel in training; eps out of range; only one running statistic
             given.
         RuntimeError: sizes, dtypes or devices that do not fit together; no running statistics in
-            evaluation.
+            evaluation; running statistics that share memory with each other or with themselves.
         NotImplementedError: integer or boolean input.
+
+        But for shared memory these are the errors of PyTorch's own function. All tensors are then
+        as they were.
 
     Example::
 
