@@ -59,7 +59,7 @@ _INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def _load_for_this_cpu() -> str:
-    """Load the CPU kernels for the most that this CPU has and that was built; the instruction set."""
+    """Load the kernels for the most that this CPU has and that was built; say which that is."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     # The environment may ask for less, and then gets exactly what it names.
     if capability == "avx512" and "ATEN_CPU_CAPABILITY" not in os.environ:

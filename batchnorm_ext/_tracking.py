@@ -1,8 +1,8 @@
 """Which forwards move the running statistics.
 
-A forward tracks its batch as in ``torch.nn``, with one exception: a forward within a backward pass that repeats one
-which has tracked the same batch, as activation checkpointing does, does not track it again. What repeats is told by
-the statistics, which come out bit for bit the same from the same batch.
+A forward tracks its batch as in ``torch.nn``, with one exception: a forward within a backward pass
+that repeats one which has tracked the same batch, as activation checkpointing does, does not track
+it again. What repeats is told by the statistics: the same batch gives the same bits.
 """
 
 from collections import deque
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Statistics of the batches tracked last, for each running mean: only of forwards that something may repeat. Enough for
-# a layer that is used many times before the backward, as over micro-batches.
+# Statistics of the batches tracked last, for each running mean: only of forwards that something may
+# repeat. Enough for a layer that is used many times before the backward, as over micro-batches.
 _REMEMBERED = 64
 _tracked = WeakTensorKeyDictionary()
 
@@ -55,7 +55,7 @@ def track(
 
 
 def _may_be_repeated() -> bool:
-    """Whether this forward leaves no graph, or hooks that may make it anew, as checkpointing does."""
+    """Whether a backward may run this forward again: it leaves no graph, or one under hooks."""
     return (
         not torch.is_grad_enabled()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

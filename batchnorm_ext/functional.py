@@ -93,9 +93,7 @@ def normalize(
     arguments = (input, weight, bias, running_mean, running_var)
     options = (num_batches_tracked, training, momentum, eps)
     if not (
-        isinstance(eps, _NUMBER)
-        and isinstance(momentum, _MOMENTUM)
-        and isinstance(training, bool)
+        isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool)
     ):
         return _by_torch(*arguments, *options)
     try:

@@ -93,8 +93,8 @@ Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
   }
   check_operands(o, s);  // before the other ranks are told anything
   const OptionalTensor sums = wait(all_reduce(call_moments(o.x), ranks.group));
-  std::tie(outputs.y, outputs.stats) = call_forward(
-      {o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums}, s);
+  std::tie(outputs.y, outputs.stats) =
+      call_forward({o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums}, s);
   outputs.count = sums->slice(0, -1);
   return outputs;
 }

@@ -38,8 +38,8 @@ inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor,
                               " is not on the expected device ", x.device(), "! This is ", name);
   check_size(tensor->sym_numel().sym_eq(x.sym_size(1)), name, " should contain ", x.sym_size(1), " elements not ",
              tensor->sym_numel());
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1, "batch_norm: expected ", name,
-                              " to be 1-dimensional, got size ", tensor->sym_sizes());
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1, "batch_norm: expected ", name, " to be 1-dimensional, got size ",
+                              tensor->sym_sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->scalar_type() == at::kFloat || tensor->scalar_type() == x.scalar_type(),
                               "batch_norm: expected ", name, " to be of dtype float32 or of the dtype of input, ",
                               x.scalar_type(), ", got ", tensor->scalar_type());

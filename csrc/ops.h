@@ -22,7 +22,7 @@ inline OptionalTensor optional(const at::Tensor& tensor) {
 struct Spec {
   bool training;  // with the statistics of the batch, otherwise with the running ones
   double eps;
-  bool update = false;                           // the running statistics move towards those of the batch
+  bool update = false;                            // the running statistics move towards those of the batch
   std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
 };
 
@@ -42,11 +42,10 @@ using Mask = std::array<bool, 3>;                                  // the gradie
 // Implements the operators that reduce and map at once by run(operands, spec).
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_forward(torch::Library& m) {
-  m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                          double eps) {
-    return run({x, weight, bias, running_mean, running_var, kNone, kNone}, {training, eps});
-  });
+  m.impl("batch_norm",
+         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+            const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+            double eps) { return run({x, weight, bias, running_mean, running_var, kNone, kNone}, {training, eps}); });
   m.impl("batch_norm_update",
          [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
@@ -97,14 +96,17 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   static const auto batch_norm =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                const OptionalTensor&, bool, double)>("batchnorm_ext::batch_norm");
-  static const auto batch_norm_update = find_operator<Normalized(
-      const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-      std::optional<double>, double)>("batchnorm_ext::batch_norm_update");
-  static const auto apply = find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                     const Tensor&, double)>("batchnorm_ext::apply");
-  static const auto apply_update = find_operator<Normalized(
-      const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-      const Tensor&, std::optional<double>, double)>("batchnorm_ext::apply_update");
+  static const auto batch_norm_update =
+      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                               const Tensor&, const OptionalTensor&, std::optional<double>, double)>(
+          "batchnorm_ext::batch_norm_update");
+  static const auto apply =
+      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>(
+          "batchnorm_ext::apply");
+  static const auto apply_update =
+      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                               const Tensor&, const OptionalTensor&, const Tensor&, std::optional<double>, double)>(
+          "batchnorm_ext::apply_update");
   if (o.sums && s.update)
     return apply_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked, *o.sums,
                              s.momentum, s.eps);

@@ -75,7 +75,6 @@ def test_another_batch_within_a_backward_is_tracked(device):
     first, second = (torch.randn(4, 3, 5, 5, device=device, requires_grad=True) for _ in range(2))
     y = checkpoint(layer, first, use_reentrant=False)
 
-
     def look_at_another(_):
         layer(second.detach())
 
