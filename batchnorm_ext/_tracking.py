@@ -7,6 +7,7 @@ it again. What repeats is told by the statistics: the same batch gives the same 
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -42,16 +43,35 @@ def track(
     if not remembered:
         return update(input, weight, bias, *state, *options)[0]
     before = [None if tensor is None else tensor.clone() for tensor in state]
-    try:
+    with _stop_deferred():
         output, stats = update(input, weight, bias, *state, *options)
-    except _StopRecomputationError:  # all has been saved that checkpointing wanted to see
-        copies = [None if tensor is None else tensor.clone() for tensor in before]
-        with torch.no_grad():
-            stats = update(input, weight, bias, *copies, *options)[1]
         _undo_repetition(stats, remembered, before, state)
-        raise
-    _undo_repetition(stats, remembered, before, state)
     return output
+
+
+@contextmanager
+def _stop_deferred():
+    """Checkpointing stops a forward by an exception as soon as all that it needs has been saved,
+    which may be within the operator: let it finish first, for its statistics."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        yield
+        return
+    pack, unpack = hooks
+    stopped = []
+
+    def pack_or_stop(tensor: Tensor) -> object:
+        if not stopped:
+            try:
+                return pack(tensor)
+            except _StopRecomputationError as stop:
+                stopped.append(stop)
+        return tensor  # of a graph that nobody will use
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_or_stop, unpack):
+        yield
+    if stopped:
+        raise stopped[0]
 
 
 def _may_be_repeated() -> bool:

@@ -116,8 +116,7 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
-        if not _ops.takes(input, mean, var, weight, bias):
-            reason = _ops.refusal(input, mean, var, weight, bias)
+        if reason := _ops.refusal(input, mean, var, weight, bias):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
         debug = _DEBUG and not torch.compiler.is_compiling()

@@ -75,17 +75,19 @@ inline void check_operands(const Operands& o, const Spec& s) {
              counter.sym_numel());
 }
 
+// As Python writes it, without the brackets.
+inline std::string comma_separated_size(const at::Tensor& x) {
+  std::ostringstream size;
+  for (int64_t d = 0; d < x.dim(); ++d) size << (d > 0 ? ", " : "") << x.sym_size(d);
+  return size.str();
+}
+
 // In training a channel has either no element or more than one.
 inline void check_batch_size(const at::Tensor& x) {
-  const auto describe = [&] {
-    std::ostringstream size;
-    for (int64_t d = 0; d < x.dim(); ++d) size << (d > 0 ? ", " : "") << x.sym_size(d);
-    return size.str();
-  };
   const c10::SymBool enough = x.sym_numel().sym_ne(x.sym_size(1)).sym_or(x.sym_numel().sym_eq(0));
   TORCH_CHECK_VALUE(enough.expect_true(__FILE__, __LINE__),
-                    "Expected more than 1 value per channel when training, got input size torch.Size([", describe(),
-                    "])");
+                    "Expected more than 1 value per channel when training, got input size torch.Size([",
+                    comma_separated_size(x), "])");
 }
 
 inline void check_forward(const Operands& o, const Spec& s) {

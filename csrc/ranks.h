@@ -10,6 +10,8 @@
 #include <string>
 #include <utility>
 
+#include "checks.h"
+
 namespace batchnorm_ext {
 
 // Starts the sum over ranks; wait() gives it. Boxed, since PyTorch's versions differ in the type of the group's name.
@@ -53,8 +55,8 @@ struct Ranks {
   template <typename F>
   auto named(const char* direction, const at::Tensor& x, const F& f) const {
     const auto where = [&] {
-      return c10::str("in the ", direction, " of ", layer, ", with an input of size ", x.sym_sizes(), " in ",
-                      x.scalar_type());
+      return c10::str("in the ", direction, " of ", layer, ", with an input of size (", comma_separated_size(x),
+                      ") in ", x.scalar_type());
     };
     try {
       return f();

@@ -40,3 +40,28 @@ def test_lower(name):
     files = [here / f"test_{part}.py" for part in ("forward", "backward", "accuracy")]
     result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SOME, *map(str, files))
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+MISSING = """
+import importlib.util, sys
+find = importlib.util.find_spec
+missing = sys.argv[1:]
+importlib.util.find_spec = lambda name, *rest: (
+    None if name.removeprefix("batchnorm_ext._cpu_") in missing else find(name, *rest)
+)
+import batchnorm_ext
+print(batchnorm_ext.show_config())
+"""
+
+
+@pytest.mark.skipif(IN_USE not in X86[1:], reason="there is only one that this processor has")
+@pytest.mark.parametrize("missing", [1, len(LOWER), len(LOWER) + 1])
+def test_missing_builds(missing):
+    """The next best is taken, not the baseline; without any the import says so."""
+    usable = X86[: len(LOWER) + 1]
+    command = [sys.executable, "-c", MISSING, *usable[len(usable) - missing :]]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if missing == len(usable):
+        assert "batchnorm_ext was built without kernels for this CPU" in result.stderr
+    else:
+        assert f"CPU kernels: {usable[-1 - missing]}\n" in result.stdout, result.stderr

@@ -26,6 +26,7 @@ using namespace batchnorm_ext::cuda;
 
 template <typename T>
 class Test : Problem<T> {
+  using A = Acc<T>;
   using Problem<T>::settings_, Problem<T>::g_, Problem<T>::n_, Problem<T>::aligned_, Problem<T>::eps_;
   using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;

@@ -76,8 +76,11 @@ LOUD = ["backward", "sums_backward", "grad_moments"]
 def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
     """Arguments for every shape and plan; the rest is drawn, each time the same."""
     draw = random.Random(f"{op} {policy} {dtype}").choice
-    # SyncBatchNorm's sums are those of float64, whose squares these would overflow.
-    data = DATA if dtype == "f64" and op in ("apply", "grad_apply") else DATA + LARGE
+    # Squares of float16 overflow nothing. In float64 they overflow the sums of SyncBatchNorm, and
+    # those of huge values are more than the sums that this test makes up can hold exactly.
+    data = DATA if dtype == "f16" else DATA + LARGE
+    if dtype == "f64" and op in ("moments", "apply", "grad_apply"):
+        data = [kind for kind in DATA if kind != "huge"]
     settings = [
         {
             "op": op,
