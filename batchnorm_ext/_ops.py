@@ -83,7 +83,7 @@ batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN = (Tensor, nn.Parameter)
 _native_function, _native_operator = F.batch_norm, torch.batch_norm
 
@@ -102,6 +102,8 @@ def takes(input: Tensor, *parameters: Tensor | None) -> bool:
     """
     if (
         type(input) in _PLAIN
+        and input.dtype in _DTYPES
+        and input.layout is torch.strided
         and (input.is_cpu or _has_kernels_for(input.device))
         and F.batch_norm is _native_function
         and torch.batch_norm is _native_operator
