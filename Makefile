@@ -19,7 +19,7 @@ stamp = $(shell printf %s '$1' | tr -c '[:alnum:].' _)
 INSTALLED := $(VENV)/.torch-$(call stamp,$(TORCH))
 BUILT := build/.built-$(call stamp,$(VENV))
 CODE := $(shell find csrc -type f)
-TEST_CODE := $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cpp benchmarks/*.cu)
+TEST_CODE := $(shell find tests -name '*.h' -o -name '*.cpp') $(wildcard benchmarks/*.cpp benchmarks/*.cu)
 RUNS = build/bench
 MINUTES ?= 40
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from emulator.harness import MODES, unsupported
+from programs import MODES, unsupported
 from ranks import Ranks
 
 
@@ -14,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-sanitizers",
         action="store_true",
-        help="an error, not skipped tests, where the compiler lacks a sanitizer of the emulator's",
+        help="an error, not skipped tests, where the compiler lacks a sanitizer of theirs",
     )
 
 
@@ -42,9 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The emulator stands in for a GPU; where there is one, it would only take time."""
+    """Programs of kernels need no GPU; where the tests run on one, they would only take time."""
     cuda = torch.device(config.getoption("--device")).type == "cuda"
-    return True if cuda and collection_path.name == "emulator" else None
+    return True if cuda and collection_path.name in ("emulator", "cpu_kernels") else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -57,6 +60,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """For compilers and test programs, which are processes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,7 @@ class Column {
   void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch& scratch,
            T* out, const In*... in) const {
     const Span s = span(block, chunk);
-    const int64_t pitch = spreads(s) ? padded(s) : 0;
+    const int64_t pitch = spreads(s) ? s.columns + L : 0;  // whole vectors are read from any column on
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
     const A* c[Op::kCoefficients];
     for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread + i * pitch);

@@ -8,18 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from emulator.harness import (
-    HERE,
-    MEMORY,
-    MISUSE,
-    MODES,
-    RACE,
-    Result,
-    build,
-    mutants,
-    run,
-    unsupported,
-)
+from emulator.harness import HERE, MISUSE, build, mutants, run
+from programs import MEMORY, MODES, RACE, Result, unsupported
 
 SOURCE = HERE / "selftest.cpp"
 SEEDS = range(3)

@@ -6,23 +6,18 @@ others. A failure prints the command line that repeats it.
 
 from __future__ import annotations
 
-import os
 import random
 import shlex
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
-from emulator.harness import HERE, MISUSE, RACE, ROOT, build, mutants, run, unsupported
+from emulator.harness import HERE, MISUSE, build, mutants, run
+from programs import CSRC, RACE, WRONG, Mutant, selected, unsupported
 
 SOURCE = HERE / "kernels.cpp"
-CSRC = ROOT / "csrc"
-WRONG = 1  # exit code of the program where a number is off
 
 # So many configurations of each operation, policy and dtype run in each mode: None means all. The
 # one that takes longest to compile comes first.
@@ -129,23 +124,6 @@ NET = [
 NET_TYPE = "__nv_bfloat16"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A file with an error in it, which is to end the program with this code in this mode."""
-
-    file: Path
-    name: str
-    text: str
-    code: int = RACE
-
-    @property
-    def mode(self) -> str:
-        return "thread" if self.code == RACE else "plain"
-
-    def __str__(self) -> str:
-        return f"{self.file.name}:{self.name}"
-
-
 BARRIER = r"(__sync(threads|warp)\(.*\)|__threadfence\(\)|meet\(.*\));"
 # What else orders the blocks, and some wrong counts and sums.
 EDITS = [
@@ -170,9 +148,7 @@ def all_mutants() -> Iterator[Mutant]:
         for line, text in mutants(file, BARRIER):
             yield Mutant(file, str(line), text)
     for file, old, new, code in EDITS:
-        text = file.read_text()
-        assert text.count(old) == 1, f"{file}: {old}"
-        yield Mutant(file, new, text.replace(old, new), code)
+        yield Mutant.edit(file, old, new, code)
 
 
 def compile_kernels(mode: str, directory: Path, tree: Path = CSRC, *defines: str) -> Path:
@@ -183,11 +159,8 @@ def compile_kernels(mode: str, directory: Path, tree: Path = CSRC, *defines: str
 
 def escape(mutant: Mutant, directory: Path) -> list[str]:
     """How the configurations of the net ended; nothing if one of them reported the mutant."""
-    with TemporaryDirectory(dir=directory) as name:
-        tree = Path(name)
-        shutil.copytree(CSRC, tree, dirs_exist_ok=True)
-        inside = mutant.file.is_relative_to(CSRC)
-        (tree / mutant.file.relative_to(CSRC if inside else HERE)).write_text(mutant.text)
+    inside = mutant.file.is_relative_to(CSRC)
+    with mutant.tree(directory, CSRC if inside else HERE) as tree:
         program = compile_kernels(mutant.mode, tree, tree, f"BATCHNORM_EXT_KERNELS_OF={NET_TYPE}")
         ends = []
         for settings in NET:
@@ -196,19 +169,6 @@ def escape(mutant: Mutant, directory: Path) -> list[str]:
                 return []
             ends.append(f"{settings}: {result}")
         return ends
-
-
-def selected(request: pytest.FixtureRequest, parameter: str) -> list:
-    """The values of a parameter in those tests of this module that will run."""
-    items = [item for item in request.session.items if item.path == request.path]
-    params = [item.callspec.params for item in items if hasattr(item, "callspec")]
-    return list(dict.fromkeys(p[parameter] for p in params if parameter in p))
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

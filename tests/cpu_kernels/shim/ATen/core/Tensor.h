@@ -1,0 +1,6 @@
+// The kernels know tensors by name alone.
+#pragma once
+
+namespace at {
+class Tensor;
+}
