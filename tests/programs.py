@@ -32,7 +32,7 @@ WRONG, RACE, MEMORY = 1, 66, 67
 
 _FLAGS = (
     "-std=c++20 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off "
-    "-fno-omit-frame-pointer"
+    "-fno-omit-frame-pointer -pthread"
 ).split()
 _OPTIONS = {
     "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}:atexit_sleep_ms=0",
