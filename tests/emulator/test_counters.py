@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from emulator.harness import HERE, MODES, ROOT, Result, build, run, unsupported
+from emulator.harness import HERE, build, run
+from programs import CSRC, MODES, Result, unsupported
 
 CASES = [
     "launches_on_a_stream_share_counters",
@@ -25,7 +26,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if reason := unsupported(request.param):
         pytest.skip(reason)
     directory = tmp_path_factory.mktemp("counters")
-    return build(HERE / "counters.cpp", request.param, include=[ROOT / "csrc"], directory=directory)
+    return build(HERE / "counters.cpp", request.param, include=[CSRC], directory=directory)
 
 
 @pytest.mark.parametrize("case", CASES)
