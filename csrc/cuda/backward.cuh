@@ -12,6 +12,7 @@ struct Backward {
   using A = Acc<T>;
   static constexpr int kInputs = 2, kCoefficients = 4;
   static constexpr bool kMoments = false;
+  static constexpr bool kResums = std::is_same_v<A, float> && !std::is_same_v<T, __half>;
   template <int kLanes>
   using Lanes = GradLanes<A, kLanes>;
 

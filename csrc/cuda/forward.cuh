@@ -25,6 +25,7 @@ struct Forward {
   using A = Acc<T>;
   static constexpr int kInputs = 1, kCoefficients = 3;
   static constexpr bool kMoments = true;
+  static constexpr bool kResums = std::is_same_v<A, float>;  // part of a channel, where sums left the range of fp32
   template <int kLanes>
   using Lanes = MomentLanes<A, kLanes>;
 
