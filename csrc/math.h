@@ -24,22 +24,28 @@ BATCHNORM_EXT_HD void merge_moments(double na, double share, double& mean, doubl
   m2 += m2_b + delta * delta * (na * share);
 }
 
+// Whether x - mean may overflow A: not where |mean| is less than half the distance between the two largest numbers of
+// A.
+template <typename A>
+BATCHNORM_EXT_HD bool may_overflow(double mean) {
+  constexpr double largest = std::numeric_limits<A>::max();
+  return std::fabs(mean) >= largest * std::numeric_limits<A>::epsilon() / 4;
+}
+
 // The centre of a map from x to (x - mean) * factor, which is (x - centre) * factor less what the centre lacks: the
 // mean, since x * factor - mean * factor would cancel catastrophically where |mean| is much larger than the standard
-// deviation, or 0 where x - mean may overflow A. That takes a mean of at least half the distance between the two
-// largest numbers of A. For the `count` elements that mean and invstd were taken from it also takes |x - mean| <= std *
-// sqrt(count - 1) (Samuelson 1968, "How deviant can you be?") to be out of range; of other elements nothing is known,
-// and their count is infinity.
+// deviation, or 0 where x - mean may overflow and the result may not. For the `count` elements that mean and invstd
+// were taken from, that takes |x - mean| <= std * sqrt(count - 1) (Samuelson 1968, "How deviant can you be?") to be out
+// of range; of other elements nothing is known, and their count is infinity.
 //
 // About 0 the map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the
 // last place of the mean, which by Samuelson's bound is less than 2 * sqrt(count) standard deviations.
 template <typename A>
-BATCHNORM_EXT_HD double centre_of(double mean, double invstd, double count) {
-  constexpr double largest = std::numeric_limits<A>::max(), half_ulp = largest * std::numeric_limits<A>::epsilon() / 4;
-  const double room = largest / 2 * invstd;  // half of what there is, for the rounding of the mean
-  // One selection after another: compilers turn them into vector instructions.
-  const double centre = room * room > count ? mean : 0;
-  return std::fabs(mean) < half_ulp ? mean : centre;
+BATCHNORM_EXT_HD double centre_of(double mean, double invstd, double count, double factor) {
+  if (!may_overflow<A>(mean)) return mean;
+  const double room =
+      std::numeric_limits<A>::max() / 2 * invstd;  // half of what there is, for the rounding of the mean
+  return room * room > count || (std::fabs(factor) >= 1 && is_finite(mean)) ? mean : 0;
 }
 
 // y = (x - centre) * scale + shift
@@ -49,12 +55,8 @@ struct Affine {
 };
 
 template <typename A>
-BATCHNORM_EXT_HD Affine<A> make_affine(double mean, double invstd, double weight, double bias, double count) {
-  const A scale = static_cast<A>(weight * invstd);
-  double chosen = centre_of<A>(mean, invstd, count);
-  chosen =
-      is_finite(mean) & (std::fabs(scale) >= 1) ? mean : chosen;  // y overflows where x - mean does, and only there
-  const A centre = static_cast<A>(chosen);
+BATCHNORM_EXT_HD Affine<A> make_affine(double about, double mean, double invstd, double weight, double bias) {
+  const A centre = static_cast<A>(about), scale = static_cast<A>(weight * invstd);
   // times the rounded scale: its rounding then costs in proportion to x - mean
   return {centre, scale, static_cast<A>(bias - (mean - centre) * scale)};
 }
@@ -88,11 +90,12 @@ BATCHNORM_EXT_HD bool grads_lost(GradSums sums, double n, double mean, double in
   return vanished | overflown | !is_finite(sums.dbias);
 }
 
+BATCHNORM_EXT_HD double slope_of(GradSums sums, double count, double invstd) { return invstd * (sums.dweight / count); }
+
 template <typename A>
-BATCHNORM_EXT_HD GradAffine<A> make_grad_affine(GradSums sums, double count, double mean, double invstd,
+BATCHNORM_EXT_HD GradAffine<A> make_grad_affine(double about, GradSums sums, double count, double mean, double invstd,
                                                 double weight) {
-  const A centre = static_cast<A>(centre_of<A>(mean, invstd, count));
-  const A slope = static_cast<A>(invstd * (sums.dweight / count));
+  const A centre = static_cast<A>(about), slope = static_cast<A>(slope_of(sums, count, invstd));
   return {centre, slope, static_cast<A>(sums.dbias / count - (mean - centre) * slope), static_cast<A>(weight * invstd)};
 }
 

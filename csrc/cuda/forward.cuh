@@ -139,7 +139,9 @@ struct Forward {
 
   // mean and invstd are those of n elements; of others than are mapped if n is infinite.
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
-    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0), n);
+    const double w = weight.get(c, 1);
+    const double about = centre_of<A>(mean, invstd, n, w * invstd);
+    const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(c, 0));
     map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;
