@@ -35,33 +35,28 @@ BATCHNORM_EXT_HD void merge_moments(double na, double share, double& mean, doubl
   m2 += m2_b + delta * delta * (na * share);
 }
 
-// Whether x - mean may overflow A. It cannot where |mean| is less than half the distance between the two largest
-// numbers of A, nor for any of the `count` elements that mean and invstd were taken from where sqrt(count) / invstd is
-// in range: |x - mean| <= std * sqrt(count - 1) (Samuelson 1968, "How deviant can you be?"). Of other elements nothing
-// is known: their count is infinity.
+// Whether x - mean may overflow A: not where |mean| is less than half the distance between the two largest numbers of
+// A.
 template <typename A>
-BATCHNORM_EXT_HD bool may_overflow(double mean, double invstd, double count) {
-  constexpr double largest = std::numeric_limits<A>::max(), half_ulp = largest * std::numeric_limits<A>::epsilon() / 4;
-  const double room = largest / 2 * invstd;  // half of what there is, for the rounding of the mean
-  return (std::fabs(mean) >= half_ulp) & !(room * room > count);
+BATCHNORM_EXT_HD bool may_overflow(double mean) {
+  constexpr double largest = std::numeric_limits<A>::max();
+  return std::fabs(mean) >= largest * std::numeric_limits<A>::epsilon() / 4;
 }
 
-// The centre of a map from x to (x - mean) * factor: the mean, since x * factor - mean * factor would cancel
-// catastrophically where |mean| is much larger than the standard deviation, or 0 where x - mean may overflow. Of the
-// elements that the mean was taken from, it is less than 2 * sqrt(count) standard deviations away from 0 then, and the
-// map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the last place of
-// the mean. Where |factor| >= 1 the result overflows with x - mean.
+// The centre of a map from x to (x - mean) * factor, which is (x - centre) * factor less what the centre lacks: the
+// mean, since x * factor - mean * factor would cancel catastrophically where |mean| is much larger than the standard
+// deviation, or 0 where x - mean may overflow and the result may not. For the `count` elements that mean and invstd
+// were taken from, that takes |x - mean| <= std * sqrt(count - 1) (Samuelson 1968, "How deviant can you be?") to be out
+// of range; of other elements nothing is known, and their count is infinity.
+//
+// About 0 the map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the
+// last place of the mean, which by Samuelson's bound is less than 2 * sqrt(count) standard deviations.
 template <typename A>
-BATCHNORM_EXT_HD A centre_of(double mean, double invstd, double count, double factor) {
-  const bool avoids = (std::fabs(factor) < 1) | !is_finite(mean);
-  return avoids & may_overflow<A>(mean, invstd, count) ? A(0) : static_cast<A>(mean);
-}
-
-// (mean - centre) * factor, for a map that multiplies by the factor rounded to A. What this rounding does to x - centre
-// only matters about 0, where it would not be in proportion to x - mean.
-template <typename A>
-BATCHNORM_EXT_HD double off_centre(double mean, A centre, double factor) {
-  return (mean - centre) * (centre == static_cast<A>(mean) ? factor : static_cast<A>(factor));
+BATCHNORM_EXT_HD double centre_of(double mean, double invstd, double count, double factor) {
+  if (!may_overflow<A>(mean)) return mean;
+  const double room =
+      std::numeric_limits<A>::max() / 2 * invstd;  // half of what there is, for the rounding of the mean
+  return room * room > count || (std::fabs(factor) >= 1 && is_finite(mean)) ? mean : 0;
 }
 
 // y = (x - centre) * scale + shift
@@ -71,10 +66,10 @@ struct Affine {
 };
 
 template <typename A>
-BATCHNORM_EXT_HD Affine<A> make_affine(double mean, double invstd, double weight, double bias, double count) {
-  const double scale = weight * invstd;
-  const A centre = centre_of<A>(mean, invstd, count, scale);
-  return {centre, static_cast<A>(scale), static_cast<A>(bias - off_centre(mean, centre, scale))};
+BATCHNORM_EXT_HD Affine<A> make_affine(double about, double mean, double invstd, double weight, double bias) {
+  const A centre = static_cast<A>(about), scale = static_cast<A>(weight * invstd);
+  // times the rounded scale: its rounding then costs in proportion to x - mean
+  return {centre, scale, static_cast<A>(bias - (mean - centre) * scale)};
 }
 
 // The gradient of y = weight * xhat + bias, xhat = (x - mean) * invstd, where mean and invstd depend on x
@@ -106,13 +101,13 @@ BATCHNORM_EXT_HD bool grads_lost(GradSums sums, double n, double mean, double in
   return vanished | overflown | !is_finite(sums.dbias);
 }
 
+BATCHNORM_EXT_HD double slope_of(GradSums sums, double count, double invstd) { return invstd * (sums.dweight / count); }
+
 template <typename A>
-BATCHNORM_EXT_HD GradAffine<A> make_grad_affine(GradSums sums, double count, double mean, double invstd,
+BATCHNORM_EXT_HD GradAffine<A> make_grad_affine(double about, GradSums sums, double count, double mean, double invstd,
                                                 double weight) {
-  const double slope = invstd * (sums.dweight / count);
-  const A centre = centre_of<A>(mean, invstd, count, slope);
-  const double offset = sums.dbias / count - off_centre(mean, centre, slope);
-  return {centre, static_cast<A>(slope), static_cast<A>(offset), static_cast<A>(weight * invstd)};
+  const A centre = static_cast<A>(about), slope = static_cast<A>(slope_of(sums, count, invstd));
+  return {centre, slope, static_cast<A>(sums.dbias / count - (mean - centre) * slope), static_cast<A>(weight * invstd)};
 }
 
 }  // namespace batchnorm_ext

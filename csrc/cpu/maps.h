@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../math.h"
+#include "range.h"
 #include "vec.h"
 
 namespace batchnorm_ext::cpu {
@@ -61,13 +62,19 @@ void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, 
                    const double* invstd, const double* weight, const double* bias,
                    double count = std::numeric_limits<double>::infinity()) {
   A *const centre = table.row(0), *const scale = table.row(1), *const shift = table.row(2);
-#pragma GCC ivdep
-  for (int64_t c = first; c < first + width; ++c) {
-    const Affine<A> affine = make_affine<A>(mean[c], invstd[c], weight[c], bias[c], count);
+  const auto set = [=](int64_t c, double about) __attribute__((always_inline)) {
+    const Affine<A> affine = make_affine<A>(about, mean[c], invstd[c], weight[c], bias[c]);
     centre[c] = affine.centre;
     scale[c] = affine.scale;
     shift[c] = affine.shift;
-  }
+  };
+#pragma GCC ivdep
+  for (int64_t c = first; c < first + width; ++c) set(c, mean[c]);
+  const auto far = [=](int64_t i) { return may_overflow<A>(mean[first + i]); };
+  mend_where(width, far, [=](int64_t i) {
+    const int64_t c = first + i;
+    set(c, centre_of<A>(mean[c], invstd[c], count, weight[c] * invstd[c]));
+  });
 }
 
 // The same for NormalizeGrad. The sums begin at the first channel.
@@ -77,15 +84,22 @@ void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t wi
                         const double* weight) {
   A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2),
            *const scale = table.row(3);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < width; ++i) {
+  const auto set = [=](int64_t i, double about) __attribute__((always_inline)) {
     const int64_t c = first + i;
-    const GradAffine<A> affine = make_grad_affine<A>({dbias[i], dweight[i]}, count, mean[c], invstd[c], weight[c]);
+    const GradAffine<A> affine =
+        make_grad_affine<A>(about, {dbias[i], dweight[i]}, count, mean[c], invstd[c], weight[c]);
     centre[c] = affine.centre;
     slope[c] = affine.slope;
     offset[c] = affine.offset;
     scale[c] = affine.scale;
-  }
+  };
+#pragma GCC ivdep
+  for (int64_t i = 0; i < width; ++i) set(i, mean[first + i]);
+  const auto far = [=](int64_t i) { return may_overflow<A>(mean[first + i]); };
+  mend_where(width, far, [=](int64_t i) {
+    const int64_t c = first + i;
+    set(i, centre_of<A>(mean[c], invstd[c], count, slope_of({dbias[i], dweight[i]}, count, invstd[c])));
+  });
 }
 
 }  // namespace batchnorm_ext::cpu

@@ -23,11 +23,21 @@ void mend_where(int64_t width, const Lost& lost, const Mend& mend) {
   }
 }
 
+// Out of line: inlined, they would keep the compiler from inlining what every channel needs.
 template <typename T>
-Moments resum_moments(const Geometry& g, const T* x, int64_t channel) {
+[[gnu::noinline, gnu::cold]] Moments resum_moments(const Geometry& g, const T* x, int64_t channel) {
   constexpr double unit = std::is_same_v<T, double> ? kShrink : 1;
   return batchnorm_ext::resum_moments(
       g.count(), unit, [&](int64_t i) { return static_cast<double>(x[element_of(g.stats, g.inner, channel, i)]); });
+}
+
+template <typename T>
+[[gnu::noinline, gnu::cold]] GradSums resum_grads(const Geometry& g, const T* dy, const T* x, int64_t channel,
+                                                  double mean, double invstd) {
+  const auto values = [&](const T* from) {
+    return [=, &g](int64_t i) { return static_cast<double>(from[element_of(g.stats, g.inner, channel, i)]); };
+  };
+  return batchnorm_ext::resum_grads(g.count(), mean, invstd, values(dy), values(x));
 }
 
 // Squares of fp32 values beyond 1e19 overflow and those below 1e-19 vanish. Both show in m2, which then is negative if
@@ -50,7 +60,9 @@ void mend_moments(const Geometry& g, const T* x, int64_t first, int64_t width, d
 // all vanish, next to an eps that is as small.
 template <typename T>
 void mend_spread(const Geometry& g, const T* x, int64_t first, int64_t width, double eps, double* var, double* invstd) {
-  const auto lost = [&](int64_t i) { return std::isinf(var[i]) | ((var[i] == 0) & (eps < 1e-30)); };
+  constexpr bool overflows = std::is_same_v<T, double>;
+  if (!overflows && eps >= 1e-30) return;
+  const auto lost = [&](int64_t i) { return overflows ? std::isinf(var[i]) : var[i] == 0; };
   mend_where(width, lost, [&](int64_t i) {
     const double n = static_cast<double>(g.count());
     const Moments again = resum_moments(g, x, first + i);
@@ -67,11 +79,7 @@ void mend_grads(const Geometry& g, const T* dy, const T* x, int64_t first, int64
     return grads_lost<A>({dbias[i], dweight[i]}, n, mean[first + i], invstd[first + i]);
   };
   mend_where(width, lost, [&](int64_t i) {
-    const int64_t c = first + i;
-    const auto values = [&](const T* from) {
-      return [=, &g](int64_t e) { return static_cast<double>(from[element_of(g.stats, g.inner, c, e)]); };
-    };
-    const GradSums again = resum_grads(g.count(), mean[c], invstd[c], values(dy), values(x));
+    const GradSums again = resum_grads(g, dy, x, first + i, mean[first + i], invstd[first + i]);
     dbias[i] = again.dbias;
     dweight[i] = again.dweight;
   });

@@ -11,6 +11,7 @@ struct Backward {
   using A = Acc<T>;
   static constexpr int kInputs = 2, kCoefficients = 4;
   static constexpr bool kMoments = false;
+  static constexpr bool kResums = std::is_same_v<A, float> && !std::is_same_v<T, __half>;
   template <int kLanes>
   using Lanes = GradLanes<A, kLanes>;
 
@@ -87,7 +88,9 @@ struct Backward {
       sums_out[channels + c] = grads.dweight;
     }
     const double n = total_count != nullptr ? *total_count : count;
-    const GradAffine<A> affine = make_grad_affine<A>(grads, n, stats[c], stats[channels + c], weight.get(c, 1));
+    const double mean = stats[c], invstd = stats[channels + c];
+    const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));
+    const GradAffine<A> affine = make_grad_affine<A>(about, grads, n, mean, invstd, weight.get(c, 1));
     map[0] = affine.centre;
     map[1] = affine.slope;
     map[2] = affine.offset;

@@ -17,6 +17,7 @@ struct Forward {
   using A = Acc<T>;
   static constexpr int kInputs = 1, kCoefficients = 3;
   static constexpr bool kMoments = true;
+  static constexpr bool kResums = std::is_same_v<A, float>;  // part of a channel, where sums left the range of fp32
   template <int kLanes>
   using Lanes = MomentLanes<A, kLanes>;
 
@@ -130,7 +131,9 @@ struct Forward {
 
   // mean and invstd are those of n elements; of others than are mapped if n is infinite.
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
-    const Affine<A> affine = make_affine<A>(mean, invstd, weight.get(c, 1), bias.get(c, 0), n);
+    const double w = weight.get(c, 1);
+    const double about = centre_of<A>(mean, invstd, n, w * invstd);
+    const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(c, 0));
     map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;

@@ -45,11 +45,10 @@ __device__ __forceinline__ void fold(int channels, int count, int bits, const Ge
   }
 }
 
-// The sums of a channel in this chunk in fp64, by a whole warp: for the rare values whose products leave the range of
-// fp32.
+// The sums of a channel in this chunk about `origin` in fp64, by a whole warp: for the rare values whose products leave
+// the range of fp32.
 template <typename Op, typename Chunk>
-__device__ __forceinline__ double2 resum(const Chunk& chunk, const Op& op, int channel) {
-  const double origin = op.origin(chunk.first + channel);
+__device__ __forceinline__ double2 resum(const Chunk& chunk, const Op& op, int channel, double origin) {
   double2 sum{0, 0};
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < chunk.count(); i += kWarp) {
@@ -166,11 +165,12 @@ __device__ __forceinline__ void sum_block(const Shape& s, const Op& op, const Ch
     return Lanes::about_origin(entries[at], chunk.entry_count(i), most, e);
   };
   const auto put = [&](int channel, double2 sum, bool writes) {
-    if constexpr (std::is_same_v<A, float>) {
+    if constexpr (Op::kResums) {
       const bool loses = writes && op.loses(chunk.first + channel, sum, most);
       for (unsigned lost = __ballot_sync(kFullMask, loses); lost != 0; lost &= lost - 1) {
         const int which = __shfl_sync(kFullMask, channel, __ffs(lost) - 1);
-        const double2 again = resum(chunk, op, which);
+        const double origin = Op::kMoments ? origins[which] : op.origin(chunk.first + which);
+        const double2 again = resum(chunk, op, which, origin);
         if (channel == which) sum = again;
       }
     }
