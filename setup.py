@@ -99,6 +99,13 @@ def extensions() -> list:
 class Build(BuildExtension):
     """Leaves beside the modules what they were built for, to be read before any is loaded."""
 
+    def build_extension(self, ext):
+        """The same sources are compiled for several modules: each has its objects for itself."""
+        build_temp = self.build_temp
+        self.build_temp = os.path.join(build_temp, ext.name)
+        super().build_extension(ext)
+        self.build_temp = build_temp
+
     def run(self):
         super().run()
         cuda = torch.version.cuda if with_cuda() else None

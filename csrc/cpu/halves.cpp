@@ -72,7 +72,7 @@ Normalized apply(const Operands& o, const Spec& s) {
     using A = Acc<scalar_t>;
     CoefficientTable<A, 3> table(channels);
     set_normalize(table, 0, channels, mean, invstd, read_channels(o.weight, channels, 1).get(),
-                  read_channels(o.bias, channels, 0).get());
+                  read_channels(o.bias, channels, 0).get(), count);
     map_tensor(geometry_of(x), Normalize<A>(), table.view(), y.mutable_data_ptr<scalar_t>(),
                x.const_data_ptr<scalar_t>());
   });

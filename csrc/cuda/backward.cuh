@@ -63,6 +63,7 @@ struct Backward {
     for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
   }
 
+  template <bool kLeavesSums>
   __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[4]) const {
     const double mean = stats[c], invstd = stats[channels + c];
     GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
@@ -72,6 +73,11 @@ struct Backward {
         grads = resum_grads(
             static_cast<int64_t>(count), mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); },
             [&](int64_t i) { return x[at(i)]; });
+      }
+    if constexpr (kLeavesSums)
+      if (leads && sums_out != nullptr) {
+        sums_out[c] = grads.dbias;
+        sums_out[channels + c] = grads.dweight;
       }
     conclude(c, grads, leads, map);
   }
@@ -83,10 +89,6 @@ struct Backward {
   __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[4]) const {
     if (leads && dweight) dweight.set(c, grads.dweight);
     if (leads && dbias) dbias.set(c, grads.dbias);
-    if (leads && sums_out != nullptr) {
-      sums_out[c] = grads.dbias;
-      sums_out[channels + c] = grads.dweight;
-    }
     const double n = total_count != nullptr ? *total_count : count;
     const double mean = stats[c], invstd = stats[channels + c];
     const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));

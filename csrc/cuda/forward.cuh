@@ -81,23 +81,28 @@ struct Forward {
   }
 
   // The map of a channel, from the sums of this launch about `about`. The leader of a team also writes what the caller
-  // gets.
+  // gets; the sums leave a launch that only reduces.
+  template <bool kLeavesSums>
   __device__ __forceinline__ void finish(int64_t c, double2 total, double about, bool leads, A (&map)[3]) const {
     const double shift = total.x / count;
     Moments moments{about + shift, total.y - total.x * shift};
     if constexpr (std::is_same_v<T, double>)
-      if (!isfinite(
-              moments.scaled_m2))  // by a thread alone, which nobody waits for unless squares leave the range of fp64
+      if (!isfinite(moments.scaled_m2))  // squares that leave the range of fp64, by one thread: they are rare
         moments = resum_moments(static_cast<int64_t>(count), kShrink,
                                 [&](int64_t i) { return x[element_of(channels, inner, c, i)]; });
+    if (moments.scaled_m2 < 0) moments.scaled_m2 = 0;
+    if constexpr (kLeavesSums)
+      if (leads && sums_out != nullptr) {
+        write_sums(sums_out, channels, c, count, moments.mean, moments.m2());
+        if (c == 0) write_count(sums_out, channels, count);
+      }
     conclude(c, count, moments, leads, map);
   }
 
   // The same from what is known before the launch.
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
-    if (source == Source::kSums) {
+    if (source == Source::kSums)
       return conclude(c, read_count(sums, channels), read_sums(sums, channels, c), leads, map);
-    }
     if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[channels + c], map);
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
@@ -105,13 +110,8 @@ struct Forward {
   }
 
   // From the moments over n elements.
-  __device__ __forceinline__ void conclude(int64_t c, double n, Moments moments, bool leads, A (&map)[3]) const {
-    if (moments.scaled_m2 < 0) moments.scaled_m2 = 0;
+  __device__ __forceinline__ void conclude(int64_t c, double n, const Moments& moments, bool leads, A (&map)[3]) const {
     const double mean = moments.mean, invstd = moments.invstd(n, eps);
-    if (leads && sums_out != nullptr) {
-      write_sums(sums_out, channels, c, n, mean, moments.m2());
-      if (c == 0) write_count(sums_out, channels, n);
-    }
     if (leads && stats != nullptr) write_stats(c, mean, invstd);
     if (leads && running_mean && n > 0) track(c, n, moments);
     set(c, n, mean, invstd, map);

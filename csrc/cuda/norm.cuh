@@ -139,7 +139,8 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
       if constexpr (kPhase == Phase::kMap)
         op.known(chunk.first + c, leads, map);
       else
-        op.finish(chunk.first + c, totals[c], Op::kMoments ? origins[c] : 0, leads, map);
+        op.template finish<kPhase == Phase::kReduce>(chunk.first + c, totals[c], Op::kMoments ? origins[c] : 0, leads,
+                                                     map);
 #pragma unroll
       for (int i = 0; i < Op::kCoefficients; ++i) table[i * s.width + c] = map[i];
     }
