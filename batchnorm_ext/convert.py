@@ -61,8 +61,8 @@ def convert_sync_batchnorm(
 
     Args:
         module: any module; converting twice is harmless.
-        process_group: the ranks to synchronize with. With None a ``torch.nn.SyncBatchNorm`` keeps
-            its own, and the others synchronize with all.
+        process_group: the ranks to synchronize with. With None a layer that synchronizes already
+            keeps its own, and the others synchronize with all.
 
     Returns:
         ``module``.
@@ -80,6 +80,9 @@ def convert_sync_batchnorm(
     converted = (*_OURS, *_NATIVE, nn.SyncBatchNorm)
 
     def become_sync(layer: nn.Module, kind: type, name: str) -> type | None:
+        if kind is SyncBatchNorm and process_group is not None:
+            layer.process_group = process_group
+            return kind
         if kind not in converted or issubclass(kind, LazyModuleMixin):
             return None
         own_group = getattr(layer, "process_group", None)

@@ -31,7 +31,7 @@ from stages import ROOT, Run, Stage, Step, json_lines, last_line
 
 SURVEY = """
 import importlib.util, json, platform, torch
-names = "setuptools ninja pytest hypothesis expecttest rich tqdm matplotlib".split()
+names = "setuptools ninja pytest xdist hypothesis expecttest rich tqdm matplotlib".split()
 result = {
     "missing": [name for name in names if importlib.util.find_spec(name) is None],
     "python": platform.python_version(),
@@ -133,6 +133,7 @@ def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
     # A kernel that waits for ever is named after two minutes.
     pytest = [python, "-m", "pytest", "-q", "--device", "cuda", "-p", "no:cacheprovider"]
     pytest += ["-o", "faulthandler_timeout=120"]
+    workers = [] if "xdist" in found["missing"] else ["-n", str(min(os.cpu_count(), 8))]
     checked, tables = ("pytest", "compute-sanitizer"), ("rich", "tqdm")
 
     def bench(name: str, *options: str) -> Step:
@@ -175,7 +176,7 @@ def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
         Stage(
             "correctness",
             10,
-            [Step([*pytest, "--maxfail=30", *files])],
+            [Step([*pytest, *workers, "--maxfail=30", *files])],
             pytest_summary,
             needs=("pytest",),
         ),

@@ -50,6 +50,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if cuda and collection_path.name in ("emulator", "cpu_kernels") else None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU, only tests that use it: the others pass or fail without one just the same."""
+    if torch.device(config.getoption("--device")).type != "cuda":
+        return
+
+    def uses_device(item: pytest.Item) -> bool:
+        return "device" in item.fixturenames or item.get_closest_marker("only") is not None
+
+    config.hook.pytest_deselected(items=[item for item in items if not uses_device(item)])
+    items[:] = filter(uses_device, items)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     kind = torch.device(item.config.getoption("--device")).type
     for marker in item.iter_markers("only"):

@@ -94,6 +94,15 @@ def test_process_group_of_native_layers():
     assert model[0].process_group is group
 
 
+def test_process_group_of_layers_that_are_ours():
+    """A group given to layers converted before was ignored."""
+    group, other = object(), object()
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(3), group)
+    assert convert_sync_batchnorm(layer).process_group is group
+    assert convert_sync_batchnorm(layer, other).process_group is other
+    assert type(revert(layer)) is nn.BatchNorm1d and not hasattr(layer, "process_group")
+
+
 @pytest.mark.parametrize("kind", [NormAndActivation, Plain])
 def test_subclass_is_left_alone_and_reported(kind):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(kind(3)))
