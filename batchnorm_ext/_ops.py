@@ -90,7 +90,11 @@ _native_function, _native_operator = F.batch_norm, torch.batch_norm
 
 def leaves_process() -> bool:
     """Whether a graph is recorded that is to be loaded elsewhere, without this library."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return _is_exporting() or torch.jit.is_tracing()
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def takes(input: Tensor, *parameters: Tensor | None) -> bool:
@@ -167,6 +171,7 @@ def _has_kernels_for_cuda(index: int) -> bool:
 # What torch.compiler.assume_constant_result does; it would import all of the compiler, which takes
 # longer than the rest of this package.
 _has_kernels_for_cuda._dynamo_marked_constant = True
+_is_exporting._dynamo_marked_constant = True  # torch 2.11 traces it as True under torch.compile too
 
 
 @functools.cache

@@ -131,6 +131,9 @@ def test_more_elements_than_32_bits_count(layout, device):
     y, stats, dx, dweight, dbias = step(whole)
     expected = pattern.oracle(training=True)
     relative = tolerances.normalized(torch.bfloat16, pattern.mean_over_std(expected.stats))
+    # A thread adds up some 7,000 squares in float32, and every thread the same ones: nothing
+    # averages out: half a rounding for each addition, as they come, in a random walk.
+    relative += 7000**0.5 * torch.finfo(torch.float32).eps / 2
     assert_within("mean", stats[0], expected.stats[0], relative / expected.stats[1])
     assert_within("invstd", stats[1], expected.stats[1], relative * expected.stats[1])
     exact = reference.batch_norm_backward(

@@ -95,6 +95,8 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 
 __device__ __forceinline__ void spin_pause() { __nanosleep(20); }
 
+__device__ __forceinline__ void pause(unsigned nanoseconds) { __nanosleep(nanoseconds); }
+
 }  // namespace batchnorm_ext::cuda
 
 #endif

@@ -112,16 +112,17 @@ struct Forward {
   // From the moments over n elements.
   __device__ __forceinline__ void conclude(int64_t c, double n, const Moments& moments, bool leads, A (&map)[3]) const {
     const double mean = moments.mean, invstd = moments.invstd(n, eps);
-    if (leads && stats != nullptr) write_stats(c, mean, invstd);
+    set(c, n, mean, invstd, map);  // first: what is read after a write may wait for it
     if (leads && running_mean && n > 0) track(c, n, moments);
-    set(c, n, mean, invstd, map);
+    if (leads && stats != nullptr) write_stats(c, mean, invstd);
   }
 
   // Moves the running statistics. One element has no unbiased variance.
   __device__ __forceinline__ void track(int64_t c, double n, const Moments& moments) const {
     const double factor = cumulative ? 1.0 / static_cast<double>(*num_batches_tracked + 1) : momentum;
-    running_mean.set(c, (1 - factor) * running_mean.get(c) + factor * moments.mean);
-    if (n > 1) running_var.set(c, (1 - factor) * running_var.get(c) + factor * moments.m2_over(n - 1));
+    const double mean = running_mean.get(c), var = running_var.get(c);
+    running_mean.set(c, (1 - factor) * mean + factor * moments.mean);
+    if (n > 1) running_var.set(c, (1 - factor) * var + factor * moments.m2_over(n - 1));
   }
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {

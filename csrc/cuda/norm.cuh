@@ -122,14 +122,19 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
   const int rank = backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
   const int team = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const bool leads = kPhase == Phase::kReduce || rank == 0;  // of a reduction, only the block that leads goes on
+  if (s.stagger > 0 && team % kBlocksPerSm > 0) pause(s.stagger * (team % kBlocksPerSm));
   int half = 0;
   for (int group = team; group < s.groups; group += s.teams, half ^= 1) {
     const Chunk chunk(s, group, rank);
     if constexpr (kPhase != Phase::kMap) {
+      const int thread = threadIdx.x;
+      double origin = 0;  // asked for here, for its load to be under way with those of the chunk
+      if (Op::kMoments && thread < chunk.channels()) origin = op.origin(chunk.first + thread);
+      const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
       if constexpr (Op::kMoments)
 #pragma unroll 1
-        for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) origins[c] = op.origin(chunk.first + c);
-      const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
+        for (int c = thread; c < chunk.channels(); c += kThreads)
+          origins[c] = c == thread ? origin : op.origin(chunk.first + c);
       sum_block(s, op, chunk, lanes);
       if (s.ranks > 1 && !sum_team<kPhase>(s, ws, chunk.channels(), team, rank, half)) return;
     }

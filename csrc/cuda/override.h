@@ -31,7 +31,7 @@ enum class Policy { kBlock, kGrid, kSplit, kReduce, kMap };
 // beside the collectives of data-parallel training.
 struct Override {
   std::optional<Policy> policy{};
-  std::optional<int64_t> ranks{}, width{}, relay{}, margin{};
+  std::optional<int64_t> ranks{}, width{}, relay{}, stagger{}, margin{};
 
   static const char* environment() {
     const char* const text = std::getenv("BATCHNORM_EXT_CUDA_PLAN");
@@ -61,6 +61,7 @@ struct Override {
     if (key == "ranks") return set(ranks, integer(key, value, 1, kMostRanks), item);
     if (key == "width") return set(width, integer(key, value, 1, kMostElements), item);
     if (key == "relay") return set(relay, integer(key, value, 1, kMostElements), item);
+    if (key == "stagger") return set(stagger, integer(key, value, 0, kMostElements), item);
     if (key == "margin") return set(margin, integer(key, value, 0, kMostElements), item);
     reject("policy, ranks, width, relay or margin as key=value", item);
   }

@@ -59,6 +59,7 @@ struct Plan {
 };
 
 constexpr int64_t kSegmentBytes = 128;             // the least to touch in a row, the longest run taken as a column
+constexpr int64_t kMapSegmentBytes = 4 << 10;      // the same of a launch that only maps: a pack for each thread
 constexpr int64_t kLeastChunkBytes = 8 << 10;      // below it the barrier costs more than the chunk
 constexpr int64_t kMapChunkBytes = 64 << 10;       // for a launch that only maps
 constexpr int64_t kReduceChunkBytes = 512 << 10;   // for a launch that only reduces
@@ -133,14 +134,16 @@ class Planner {
     int64_t unit = 1;  // channels that make whole packs together
     while (unit * g.inner % plan_.pack != 0) unit *= 2;
     const auto columns = [&](int64_t width) { return ceil_div(width * g.inner, plan_.pack); };
-    plan_.pattern = g.inner * size >= kSegmentBytes && unit == 1 ? Pattern::kRow : Pattern::kColumn;
+    const int64_t segment = request_.reduces ? kSegmentBytes : kMapSegmentBytes;
+    const bool long_runs = g.inner * size * (request_.reduces ? 1 : 2) > segment - 1;
+    plan_.pattern = long_runs && unit == 1 ? Pattern::kRow : Pattern::kColumn;
     if (!row() && columns(unit) > kThreads) {
       plan_.pattern = Pattern::kRow;
       if (unit > 1) plan_.pack = 1;
     }
     int64_t width = 1;
     if (!row()) {
-      const int64_t wanted = override_.width.value_or(ceil_div(kSegmentBytes, g.inner * size));
+      const int64_t wanted = override_.width.value_or(ceil_div(segment, g.inner * size));
       width = std::min(ceil_div(wanted, unit), ceil_div(g.stats, unit)) * unit;
       while (width > unit && columns(width) > kThreads) width -= unit;
     }
@@ -264,6 +267,7 @@ class Planner {
     s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
     s.rank_bits = thread_bits(s.ranks);
     s.relay = grid && int64_t{s.ranks} * s.width > override_.relay.value_or(kRelaySums);
+    s.stagger = static_cast<int32_t>(override_.stagger.value_or(0));
     if (block || grid) s.kept = static_cast<int32_t>(kept(ceil_div(s.chunk, taken_in_a_step())));
     return {s, s.layout.kept + s.kept * step_bytes()};
   }

@@ -35,7 +35,7 @@ __device__ __forceinline__ void fold(int channels, int count, int bits, const Ge
     const int channel = first + (thread >> bits);
     double2 sum{0, 0};
     if (channel < channels)
-#pragma unroll 2
+#pragma unroll 4
       for (int i = lane; i < count; i += lanes) {
         const double2 pair = get(channel, i);
         sum = {sum.x + pair.x, sum.y + pair.y};

@@ -61,6 +61,7 @@ struct Shape {
   int32_t entry_bits;    // 2^bits threads add up the sums of one channel over a block,
   int32_t rank_bits;     // and over the ranks
   bool relay;            // each rank adds up some channels over the ranks for all, instead of all for itself
+  int32_t stagger;       // nanoseconds by which teams start apart, so that some move data while others meet
   Divider run;           // row: packs of a run of one channel
   Divider inner;         // column: elements of one channel in a row of the tensor
   Divider columns;       // column: packs of the group in a row of the tensor

@@ -119,5 +119,6 @@ inline unsigned load_acquire(const unsigned* p) {
 }
 
 inline void spin_pause() { emulator::scheduler.yield(false); }
+inline void pause(unsigned) {}
 
 }  // namespace batchnorm_ext::cuda
