@@ -39,7 +39,8 @@ def test_traffic_is_the_least_where_the_tensor_is_kept(gpu):
 
 @every_gpu
 def test_a_larger_group_is_kept_as_far_as_it_goes(gpu):
-    """What is not read again fills at least half of all shared memory."""
+    """What is not read again fills a quarter of all shared memory; of 256 channels the sums take a
+    large part of the rest."""
     pairs = zip(REQUESTS, plans(REQUESTS, gpu), strict=True)
     larger = [(r, plan) for r, plan in pairs if plan.rule == "group exceeds the chip"]
     assert {request.what for request, _ in larger} == {"forward", "backward"}
@@ -48,7 +49,7 @@ def test_a_larger_group_is_kept_as_far_as_it_goes(gpu):
         groups = -(-request.shape[1] // plan.width)
         kept = (LEAST[request.what] + inputs - plan.passes) * plan.elements / groups
         room = gpu.sms * (gpu.shared_per_sm << 10)
-        assert kept * request.element_bytes > 0.5 * room, (request, plan)
+        assert kept * request.element_bytes > 0.25 * room, (request, plan)
 
 
 @every_gpu
@@ -105,7 +106,7 @@ def test_policy_that_is_not_possible_is_left_to_the_rules():
     assert (plan.policy, plan.rule) == ("grid", "group fits the chip")
 
 
-ITEMS = "policy, ranks, width, relay or margin as key=value"
+ITEMS = "policy, ranks, width, relay, stagger or margin as key=value"
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ struct Scale {
   Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
 };
 
-// Of channels [first, first + width), whose mean and invstd are those of `count` elements, all that will be mapped
-// among them; infinity, if they are those of others. Separate rows, so that the compiler may turn channels into lanes.
+// Sets the coefficients of channels [first, first + width). `count`: number of elements that mean and invstd were
+// computed from, if the elements to be mapped are among them; otherwise infinity. The rows are separate, so that the
+// compiler can vectorize over channels.
 template <typename A>
 void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
                    const double* invstd, const double* weight, const double* bias,

@@ -25,6 +25,8 @@ inline int64_t stream_bytes() {
   return bytes;
 }
 
+constexpr size_t kAdvisedBytes = size_t{32} << 20;  // glibc takes such blocks from the system each time
+
 // Uninitialized, with the sizes, strides and dtype of the dense tensor x.
 at::Tensor empty_output_like(const at::Tensor& x);
 

@@ -11,7 +11,7 @@
 
 namespace batchnorm_ext::cpu {
 
-// mend(i) for each i in [0, width) that is lost(i), of which there usually is none.
+// Calls mend(i) for each i with lost(i). Usually there is none: the first loop only counts, so that it vectorizes.
 template <typename Lost, typename Mend>
 void mend_where(int64_t width, const Lost& lost, const Mend& mend) {
   int64_t found = 0;
@@ -40,9 +40,9 @@ template <typename T>
   return batchnorm_ext::resum_grads(g.count(), mean, invstd, values(dy), values(x));
 }
 
-// Squares of fp32 values beyond 1e19 overflow and those below 1e-19 vanish. Both show in m2, which then is negative if
-// less was lost between the lanes than in them. A constant channel has m2 == 0 and is not affected. One that holds inf
-// or nan is summed again for its mean.
+// Squares of fp32 values overflow beyond 1e19 and underflow below 1e-19. Either leaves m2 infinite, NaN, negative or
+// below n * 1e-30. A constant channel has m2 == 0 and is not affected. One that holds inf or nan is summed again for
+// its mean.
 template <typename T>
 void mend_moments(const Geometry& g, const T* x, int64_t first, int64_t width, double* mean, double* m2) {
   const double least =

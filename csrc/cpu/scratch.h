@@ -1,5 +1,5 @@
-// Memory for the accumulators of one task, which are too large for the stack of a thread: musl gives it 128 KB, and
-// OMP_STACKSIZE may. Frames are held to 16 KB by the compiler (setup.py).
+// Heap memory for the accumulators of one task, which do not fit a small thread stack (128 KB with musl, or what
+// OMP_STACKSIZE sets). The compiler rejects stack frames over 16 KB (setup.py).
 #pragma once
 
 #include <array>

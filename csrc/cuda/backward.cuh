@@ -87,6 +87,8 @@ struct Backward {
   }
 
   __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[4]) const {
+    if (leads && dweight) dweight.set(c, grads.dweight);
+    if (leads && dbias) dbias.set(c, grads.dbias);
     const double n = total_count != nullptr ? *total_count : count;
     const double mean = stats[c], invstd = stats[channels + c];
     const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));
@@ -95,8 +97,6 @@ struct Backward {
     map[1] = affine.slope;
     map[2] = affine.offset;
     map[3] = affine.scale;
-    if (leads && dweight) dweight.set(c, grads.dweight);
-    if (leads && dbias) dbias.set(c, grads.dbias);
   }
 
   __device__ __forceinline__ int64_t* counter() const { return nullptr; }

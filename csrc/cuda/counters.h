@@ -17,9 +17,9 @@ namespace batchnorm_ext::cuda {
 
 constexpr int64_t kLeastCounterBytes = 64 << 10;  // enough for every block of today's GPUs to lead a team
 
-// Launches that never run at the same time, and so share their counters: those on a stream or, as a graph may be
-// replayed beside them, those that one capture has recorded from the stream. PyTorch's caching allocator relies on the
-// same order when it reuses memory. The body of a conditional node is a capture of its own.
+// Launches that cannot run concurrently and so may share counters: all eager launches on one stream, or all launches on
+// it that one capture has recorded (the graph may be replayed while the stream is busy). PyTorch's caching allocator
+// relies on the same order when it reuses memory. The body of a conditional node is a capture of its own.
 struct Queue {
   int device;
   void* stream;
@@ -35,7 +35,7 @@ class CounterPool {
     int64_t bytes = 0;
   };
 
-  // A graph holds it as long as launches that it has captured may run. Its end gives the counters back.
+  // A graph holds it as long as launches that it has captured may run. Returns the counters to the pool when destroyed.
   class Lease {
    public:
     Lease(CounterPool& pool, const Queue& queue, const Block& block) : pool_(pool), queue_(queue), block_(block) {}

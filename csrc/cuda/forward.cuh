@@ -130,7 +130,7 @@ struct Forward {
     stats[channels + c] = invstd;
   }
 
-  // mean and invstd are those of n elements; of others than are mapped if n is infinite.
+  // n as `count` in centre_of().
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
     const double w = weight.get(c, 1);
     const double about = centre_of<A>(mean, invstd, n, w * invstd);

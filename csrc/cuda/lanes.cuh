@@ -50,10 +50,10 @@ struct MomentLanes {
     return {fused(n, e, s1[lane]), fused(e, fused(n, e, 2 * s1[lane]), s2[lane])};
   }
 
-  // The sums of n values about the origin, of which the centre is e away. fp32 squares below 1e-38 are lost, those
-  // beyond 1e38 infinite; where that may matter the sum of squares is made NaN, a sign for resum(). A constant channel
-  // is exactly 0 everywhere and not affected, nor one where e makes up for it all. `most` is the most values there can
-  // be.
+  // The sums of n values about the origin, of which the centre is e away. fp32 squares underflow below 1e-38 and
+  // overflow beyond 1e38. If that may matter, the sum of squares is set to NaN, which triggers resum(). It does not
+  // matter for a constant channel, whose sums are exactly 0, or where n * e^2 dominates. `most` is the largest n of
+  // any entry.
   __device__ static __forceinline__ double2 about_origin(Pair<A> pair, double n, double most, double e) {
     const double s1 = pair.a, s2 = pair.b;
     if constexpr (std::is_same_v<A, float>)

@@ -70,13 +70,13 @@ bool aligned(const Tensors&... tensors) {
   return ((reinterpret_cast<uintptr_t>(tensors.const_data_ptr()) % 16 == 0) && ...);
 }
 
-// Of an empty tensor one that has its channels, so that what is done once per channel is done.
+// For an empty tensor: one element per channel, so that the work per channel still runs.
 Geometry checked_geometry(const Tensor& x) {
   const Geometry g = x.numel() > 0 ? geometry_of(x) : Geometry{1, x.size(1), 1};
   constexpr int64_t most = int64_t{1} << 30;
   TORCH_CHECK(g.stats <= most && g.inner <= most,
-              "batch_norm: expected input to have at most 2^30 channels and as many ",
-              "neighbouring elements in each on a CUDA device, got size ", x.sizes());
+              "batch_norm: on CUDA, input may have at most 2^30 channels and at most 2^30 contiguous elements ",
+              "per channel, got size ", x.sizes());
   return g;
 }
 

@@ -128,8 +128,8 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
     const Chunk chunk(s, group, rank);
     if constexpr (kPhase != Phase::kMap) {
       const int thread = threadIdx.x;
-      double origin = 0;  // asked for here, for its load to be under way with those of the chunk
-      if (Op::kMoments && thread < chunk.channels()) origin = op.origin(chunk.first + thread);
+      A origin = 0;  // an element; loaded here, so that its latency is that of the chunk's first loads
+      if (Op::kMoments && thread < chunk.channels()) origin = static_cast<A>(op.origin(chunk.first + thread));
       const auto lanes = reduce_chunk<kPhase == Phase::kFused, Op, kWidth>(s, op, chunk);
       if constexpr (Op::kMoments)
 #pragma unroll 1

@@ -24,11 +24,11 @@ namespace batchnorm_ext::cuda {
 // kMap     the map alone
 enum class Policy { kBlock, kGrid, kSplit, kReduce, kMap };
 
-// "policy=grid,ranks=8,width=32,relay=1000,margin=16", each at most once. What is left out follows the rules, and so
-// does a policy that the tensor or the device does not allow. `ranks` are the blocks of a team and `width` the channels
-// of a group, both no more than the tensor has use for; `relay` stands for kRelaySums. `margin` is the number of
-// multiprocessors left to others: a grid waits until all of its blocks find room, and may so be kept from running
-// beside the collectives of data-parallel training.
+// "policy=grid,ranks=8,width=32,relay=1000,stagger=2000,margin=16", each at most once. What is left out follows the
+// rules, and so does a policy that the tensor or the device does not allow. `ranks` are the blocks of a team and
+// `width` the channels of a group, both no more than the tensor has use for; `relay` stands for kRelaySums, `stagger`
+// for kStagger. `margin` is the number of multiprocessors left to others: a grid waits until all of its blocks find
+// room, and may so be kept from running beside the collectives of data-parallel training.
 struct Override {
   std::optional<Policy> policy{};
   std::optional<int64_t> ranks{}, width{}, relay{}, stagger{}, margin{};
@@ -63,7 +63,7 @@ struct Override {
     if (key == "relay") return set(relay, integer(key, value, 1, kMostElements), item);
     if (key == "stagger") return set(stagger, integer(key, value, 0, kMostElements), item);
     if (key == "margin") return set(margin, integer(key, value, 0, kMostElements), item);
-    reject("policy, ranks, width, relay or margin as key=value", item);
+    reject("policy, ranks, width, relay, stagger or margin as key=value", item);
   }
 
   template <typename T>

@@ -60,10 +60,13 @@ struct Plan {
 
 constexpr int64_t kSegmentBytes = 128;             // the least to touch in a row, the longest run taken as a column
 constexpr int64_t kMapSegmentBytes = 4 << 10;      // the same of a launch that only maps: a pack for each thread
+constexpr int64_t kMostWidth = 256;                // channels of a group in columns
 constexpr int64_t kLeastChunkBytes = 8 << 10;      // below it the barrier costs more than the chunk
 constexpr int64_t kMapChunkBytes = 64 << 10;       // for a launch that only maps
 constexpr int64_t kReduceChunkBytes = 512 << 10;   // for a launch that only reduces
 constexpr int64_t kReserved = 1 << 10;             // of shared memory, by the system, for every block
+constexpr int64_t kRoundBytes = 128 << 10;         // that a block could move while its team meets: 13 us on an H200
+constexpr int64_t kStagger = 3000;                 // nanoseconds: 5 to 10% faster on an H200 where a team is a row's
 constexpr int64_t kRelaySums = 2048;               // sums of other ranks that a block still adds up for itself
 constexpr int64_t kMostBlocks = int64_t{1} << 30;  // of a launch
 
@@ -109,6 +112,20 @@ class Planner {
 
   Plan plan() {
     choose_pattern();
+    plan_launches();
+    // Wider groups are fewer, and so are the meetings of their teams; but each meeting is about more sums.
+    if (plan_.policy != Policy::kGrid || row() || override_.width) return plan_;
+    Planner best = *this;
+    while (set_width(2 * shape_.width)) {
+      plan_launches();
+      const int64_t wider = cost(plan_.first.shape), least = best.cost(best.plan_.first.shape);
+      if (plan_.policy == Policy::kGrid && wider * 10 < least * 9) best = *this;
+    }
+    return best.plan_;
+  }
+
+ private:
+  void plan_launches() {
     lay_out();
     choose_policy();
     if (plan_.policy == Policy::kSplit) {
@@ -117,10 +134,8 @@ class Planner {
     } else {
       plan_.first = launch(plan_.policy);
     }
-    return plan_;
   }
 
- private:
   bool row() const { return plan_.pattern == Pattern::kRow; }
   int64_t pack_bytes() const { return int64_t{plan_.pack} * request_.element_bytes; }
 
@@ -131,24 +146,31 @@ class Planner {
     const int64_t size = request_.element_bytes, full = 16 / size;
     const bool packs = request_.aligned && g.stats * g.inner % full == 0;
     plan_.pack = static_cast<int>(packs ? full : 1);
-    int64_t unit = 1;  // channels that make whole packs together
-    while (unit * g.inner % plan_.pack != 0) unit *= 2;
-    const auto columns = [&](int64_t width) { return ceil_div(width * g.inner, plan_.pack); };
+    unit_ = 1;
+    while (unit_ * g.inner % plan_.pack != 0) unit_ *= 2;
     const int64_t segment = request_.reduces ? kSegmentBytes : kMapSegmentBytes;
     const bool long_runs = g.inner * size * (request_.reduces ? 1 : 2) > segment - 1;
-    plan_.pattern = long_runs && unit == 1 ? Pattern::kRow : Pattern::kColumn;
-    if (!row() && columns(unit) > kThreads) {
+    plan_.pattern = long_runs && unit_ == 1 ? Pattern::kRow : Pattern::kColumn;
+    if (!row() && columns(unit_) > kThreads) {
       plan_.pattern = Pattern::kRow;
-      if (unit > 1) plan_.pack = 1;
-    }
-    int64_t width = 1;
-    if (!row()) {
-      const int64_t wanted = override_.width.value_or(ceil_div(segment, g.inner * size));
-      width = std::min(ceil_div(wanted, unit), ceil_div(g.stats, unit)) * unit;
-      while (width > unit && columns(width) > kThreads) width -= unit;
+      if (unit_ > 1) plan_.pack = 1;
     }
     shape_.geometry = g;
     shape_.stride = g.stats * g.inner;
+    set_width(row() ? 1 : override_.width.value_or(ceil_div(segment, g.inner * size)));
+  }
+
+  int64_t columns(int64_t width) const { return ceil_div(width * request_.geometry.inner, plan_.pack); }
+
+  // As near to the width that is wanted as packs, channels and threads allow. False if that changes nothing.
+  bool set_width(int64_t wanted) {
+    const Geometry& g = request_.geometry;
+    const int64_t before = shape_.width;
+    int64_t width = 1;
+    if (!row()) {
+      width = std::min(ceil_div(std::min(wanted, kMostWidth), unit_), ceil_div(g.stats, unit_)) * unit_;
+      while (width > unit_ && columns(width) > kThreads) width -= unit_;
+    }
     shape_.width = static_cast<int32_t>(width);
     shape_.columns = Divider(row() ? 1 : columns(width));
     shape_.rows_at_once = Divider(row() ? 1 : kThreads / columns(width));
@@ -157,13 +179,15 @@ class Planner {
     shape_.groups = static_cast<int32_t>(ceil_div(g.stats, width));
     shape_.run = Divider(row() ? g.inner / plan_.pack : 1);
     shape_.inner = Divider(row() ? 1 : g.inner);
-    shape_.entry_bits = thread_bits(row() ? kWarps : g.inner);
+    shape_.entry_bits = thread_bits(row() ? kWarps : g.inner, width);
+    return width != before;
   }
 
-  // As many threads as there are numbers to add up, rounded up to a power of two, but at most a warp.
-  static int32_t thread_bits(int64_t count) {
+  // As many threads for each channel as there are numbers to add up, rounded up to a power of two, but at most a warp,
+  // and no more than there are for all channels at once.
+  static int32_t thread_bits(int64_t count, int64_t channels) {
     int32_t bits = 0;
-    while ((1 << bits) < count && (1 << bits) < kWarp) ++bits;
+    while ((1 << bits) < count && (1 << bits) < kWarp && channels << (bits + 1) <= kThreads) ++bits;
     return bits;
   }
 
@@ -226,19 +250,31 @@ class Planner {
     plan_.rule = "override";
   }
 
+  static int64_t rounds(const Shape& s) { return ceil_div(s.groups, s.teams); }
+
+  // What a block moves for its team's groups, in bytes, with what it could move while the team meets.
+  int64_t cost(const Shape& s) const {
+    const int64_t bytes = pack_bytes() * s.columns.divisor, kept = s.kept * taken_in_a_step();
+    const int64_t again = std::max<int64_t>(0, s.chunk - kept);
+    return rounds(s) * ((s.chunk + (s.chunk + again) * request_.inputs) * bytes + kRoundBytes);
+  }
+
   // Teams of few blocks finish their groups in few rounds; teams of many leave blocks of the chip without a team. The
-  // fewest ranks within a tenth of the best time are taken: their barrier is the cheapest.
+  // fewest ranks within 3% of the best time are taken: their barrier is the cheapest.
   int64_t grid_ranks() const {
     const int64_t least = std::min(facts_.least_ranks, facts_.resident);
     const int64_t most = std::clamp(facts_.group_bytes / kLeastChunkBytes, least, facts_.resident);
     const auto time = [&](int64_t ranks) {
-      const int64_t teams = std::min(facts_.groups, facts_.resident / ranks);
-      return ceil_div(facts_.groups, teams) * ceil_div(total(), ranks);
+      Shape s = shape_;
+      s.teams = static_cast<int32_t>(std::min(facts_.groups, facts_.resident / ranks));
+      s.chunk = ceil_div(total(), ranks);
+      s.kept = static_cast<int32_t>(kept(ceil_div(s.chunk, taken_in_a_step())));
+      return cost(s);
     };
     int64_t best = time(least);
     for (int64_t ranks = least + 1; ranks <= most; ++ranks) best = std::min(best, time(ranks));
     int64_t ranks = least;
-    while (time(ranks) * 10 > best * 11) ++ranks;
+    while (time(ranks) * 100 > best * 103) ++ranks;
     return ranks;
   }
 
@@ -265,9 +301,9 @@ class Planner {
     s.ranks = static_cast<int32_t>(ceil_div(total(), s.chunk));
     const int64_t teams = grid ? std::min<int64_t>(s.groups, facts_.resident / s.ranks) : s.groups;
     s.teams = static_cast<int32_t>(std::min(teams, kMostBlocks / s.ranks));
-    s.rank_bits = thread_bits(s.ranks);
     s.relay = grid && int64_t{s.ranks} * s.width > override_.relay.value_or(kRelaySums);
-    s.stagger = static_cast<int32_t>(override_.stagger.value_or(0));
+    s.rank_bits = thread_bits(s.ranks, s.relay ? ceil_div(s.width, s.ranks) : s.width);
+    if (grid && rounds(s) > 2) s.stagger = static_cast<int32_t>(override_.stagger.value_or(kStagger));
     if (block || grid) s.kept = static_cast<int32_t>(kept(ceil_div(s.chunk, taken_in_a_step())));
     return {s, s.layout.kept + s.kept * step_bytes()};
   }
@@ -276,6 +312,7 @@ class Planner {
   Device device_;
   Override override_;
   Facts facts_{};
+  int64_t unit_ = 1;       // channels that make whole packs together
   int64_t most_kept_ = 0;  // steps, in the shared memory of a block
   Shape shape_{};
   Plan plan_{};

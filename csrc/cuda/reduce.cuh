@@ -2,8 +2,8 @@
 // every sum is fixed by the plan.
 //
 // An entry is a set of elements of one channel: of a warp in a row, of an element's column in a column. Its sums are
-// about a centre of its own, near its mean: fp32 keeps of a variance about a centre z standard deviations away 1 + z^2
-// times less, and a single thread may have begun with an outlier.
+// about a centre of its own, near its mean: about a centre z standard deviations from the mean, the relative error of
+// the variance grows by 1 + z^2, and a single thread may have begun with an outlier.
 #pragma once
 
 #include "chunk.cuh"

@@ -108,7 +108,7 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
 NET = [
     f"dtype=bf16 {settings}"
     for settings in [
-        "op=forward outer=10 stats=16 inner=9 sms=1 plan=policy=grid,ranks=3",
+        "op=forward outer=10 stats=16 inner=9 sms=1 plan=policy=grid,ranks=3,width=8",
         "op=forward outer=100 stats=40 inner=1 plan=policy=split,ranks=3,width=16 momentum=none",
         "op=forward outer=5 stats=4 inner=1000 sms=1 plan=policy=grid,ranks=3,relay=1",
         "op=forward outer=5 stats=4 inner=1000 plan=policy=split,ranks=3",
