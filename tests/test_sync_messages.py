@@ -79,6 +79,11 @@ def count_messages():
     x = torch.randn(4, C, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     expect(forward, forward, backward)
+    y = layer(x)
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    expect(forward, *[(C, torch.float64)] * 2, backward)
+    layer(torch.randn(4, C)).sum().backward(create_graph=True)  # of the parameters alone
+    expect(forward)
     layer.eval()(x).sum().backward()
     expect()
 
