@@ -1,9 +1,9 @@
 // Derivatives, one autograd function for statistics of the batch at hand and of all ranks. The kernels are reached
 // through the dispatcher, so that tracing sees them one by one.
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -169,7 +169,8 @@ struct Norm : torch::autograd::Function<Norm> {
 Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
   if (is_differentiated(o.x, o.weight, o.bias)) {
     Tensor stats;
-    static const Tensor absent = at::empty({0});  // autograd wants a tensor in its place
+    // Autograd wants a tensor in its place. Not made through the dispatcher, where a mode could make it a fake one.
+    static const Tensor absent(at::detail::empty_cpu({0}, at::TensorOptions()));
     Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), Call{o, s, ranks}, &stats);
     return {std::move(y), std::move(stats)};
   }
