@@ -50,7 +50,7 @@ Tensor moments(const Tensor& input) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_written_once(o, s);
+  check_memory(o, s);
   const int64_t channels = o.x.size(1);
   check_sums(o.x, *o.sums, sums_size(channels), "sums");
   const Tensor x = dense(o.x);
