@@ -23,11 +23,11 @@ from torch.utils._device import DeviceContext
 logger = logging.getLogger("batchnorm_ext")
 
 
-def _load() -> tuple[str, list[tuple[int, int, bool]]]:
+def _load() -> tuple[str, str, list[tuple[int, int, bool]]]:
     """Load the operators and the kernels for this machine.
 
-    Returns the instruction set of the CPU kernels, and the architectures of the CUDA kernels: their
-    compute capability, and whether later ones can compile them.
+    Returns the words of a refusal, the instruction set of the CPU kernels, and the architectures of
+    the CUDA kernels: their compute capability, and whether later ones can compile them.
     """
     try:
         from batchnorm_ext import _build
@@ -43,15 +43,15 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
             f"{torch.__version__}: rebuild it with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         )
-    from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
+    from batchnorm_ext import _C  # importing it registers the schemas
 
     name = _load_for_this_cpu()
-    cuda = importlib.util.find_spec("batchnorm_ext._cuda")
-    if cuda is None:
-        return name, []
-    torch.ops.load_library(cuda.origin)
+    if _build.CUDA is None:  # an earlier build in place may have left kernels behind
+        return _C.refusal, name, []
+    torch.ops.load_library(importlib.util.find_spec("batchnorm_ext._cuda").origin)
     built = re.findall(r"(\d+)\.(\d+)\w?(\+PTX)?", _build.CUDA_ARCHITECTURES)
-    return name, [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
+    architectures = [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
+    return _C.refusal, name, architectures
 
 
 # From the least to the most that a processor may have.
@@ -77,7 +77,7 @@ def _load_for_this_cpu() -> str:
     )
 
 
-_instruction_set, _cuda_architectures = _load()
+_refusal, _instruction_set, _cuda_architectures = _load()
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
