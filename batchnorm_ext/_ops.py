@@ -23,11 +23,11 @@ from torch.utils._device import DeviceContext
 logger = logging.getLogger("batchnorm_ext")
 
 
-def _load() -> tuple[str, list[tuple[int, int, bool]]]:
+def _load() -> tuple[str, str, list[tuple[int, int, bool]]]:
     """Load the operators and the kernels for this machine.
 
-    Returns the instruction set of the CPU kernels, and the architectures of the CUDA kernels: their
-    compute capability, and whether later ones can compile them.
+    Returns the words of a refusal, the instruction set of the CPU kernels, and the architectures of
+    the CUDA kernels: their compute capability, and whether later ones can compile them.
     """
     try:
         from batchnorm_ext import _build
@@ -43,15 +43,15 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
             f"{torch.__version__}: rebuild it with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .`"
         )
-    from batchnorm_ext import _C  # noqa: F401  (importing it registers the schemas)
+    from batchnorm_ext import _C  # importing it registers the schemas
 
     name = _load_for_this_cpu()
-    cuda = importlib.util.find_spec("batchnorm_ext._cuda")
-    if cuda is None:
-        return name, []
-    torch.ops.load_library(cuda.origin)
+    if _build.CUDA is None:  # an earlier build in place may have left kernels behind
+        return _C.refusal, name, []
+    torch.ops.load_library(importlib.util.find_spec("batchnorm_ext._cuda").origin)
     built = re.findall(r"(\d+)\.(\d+)\w?(\+PTX)?", _build.CUDA_ARCHITECTURES)
-    return name, [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
+    architectures = [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
+    return _C.refusal, name, architectures
 
 
 # From the least to the most that a processor may have.
@@ -77,7 +77,7 @@ def _load_for_this_cpu() -> str:
     )
 
 
-_instruction_set, _cuda_architectures = _load()
+_refusal, _instruction_set, _cuda_architectures = _load()
 
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
@@ -85,6 +85,7 @@ sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _PLAIN = (Tensor, nn.Parameter)
+STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
 _native_function, _native_operator = F.batch_norm, torch.batch_norm
 
 
@@ -98,40 +99,28 @@ def _is_exporting() -> bool:
 
 
 def takes(input: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a call goes to the operators, here and now, and not to torch's own function.
-
-    ``parameters`` are the other tensors of the call. What the operators find out by themselves is
-    not asked here: they refuse by NotImplementedError. Only where a compiler traces, which cannot
-    take that back, everything is.
-    """
-    if (
-        type(input) in _PLAIN
-        and input.dtype in _DTYPES
-        and input.layout is torch.strided
-        and (input.is_cpu or _has_kernels_for(input.device))
-        and F.batch_norm is _native_function
-        and torch.batch_norm is _native_operator
-        and not has_torch_function_variadic(input, *parameters)
-        and not _functorch_active()
-        and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
-    ):
-        return True
+    """Whether a call goes to the operators, here and now, and not to torch's own function."""
     reason = refusal(input, *parameters)
-    if reason is not None and not torch.compiler.is_compiling():
+    if reason is None:
+        return True
+    if not torch.compiler.is_compiling():
         log_once(reason)
-    return reason is None
+    return False
 
 
 def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
-    """Why a call does not go to the operators, or None if it does."""
+    """Why a call does not go to the operators, or None if it does.
+
+    ``parameters`` are the other tensors of the call. What the operators find out by themselves is
+    not asked here: see ``is_refusal``.
+    """
     if F.batch_norm is not _native_function or torch.batch_norm is not _native_operator:
         return "batch_norm of torch has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    if not torch.compiler.is_compiling() and has_torch_function_variadic(input, *parameters):
+    if has_torch_function_variadic(input, *parameters) and not torch.compiler.is_compiling():
         if reason := _overriding(input, *parameters):
             return reason
     if not isinstance(input, Tensor):
@@ -140,11 +129,27 @@ def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
         return f"dtype {input.dtype}"
-    if not _has_kernels_for(input.device):
+    if not (input.is_cpu or _has_kernels_for(input.device)):
         return f"device {input.device}"
-    if _dispatches_in_python(input) and not isinstance(input, FakeTensor | FunctionalTensor):
+    if type(input) not in _PLAIN and _dispatches_in_python(input):
         return f"tensor subclass {type(input).__qualname__}"
     return None
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether the operators have refused the call, which the checks do before anything is written.
+
+    Other errors, as of hooks on what autograd saves, may come after that.
+    """
+    text = str(error)
+    return _refusal in text or text.startswith(_REFUSALS_OF_PYTORCH)
+
+
+_REFUSALS_OF_PYTORCH = (
+    "batchnorm_ext::batch_norm() Expected",  # an argument that is no tensor
+    "batchnorm_ext::batch_norm_update() Expected",
+    "Could not run 'batchnorm_ext::batch_norm",  # an argument on another device, or quantized
+)
 
 
 def _overriding(*tensors: Tensor | None) -> str | None:
@@ -184,7 +189,10 @@ def _is_covered(index: int) -> bool:
 
 
 def _dispatches_in_python(input: Tensor) -> bool:
-    return type(input).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    kind = type(input)
+    if issubclass(kind, STAND_INS):
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 @functools.lru_cache(maxsize=1000)

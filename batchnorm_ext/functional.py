@@ -1,13 +1,11 @@
 """The functions of ``torch.nn.functional`` that this library takes over."""
 
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._tracking import track
+from batchnorm_ext._normalize import normalize
 
 __all__ = ["batch_norm"]
 
@@ -70,77 +68,6 @@ def batch_norm(
             and _ops.takes(input, running_mean, running_var, weight, bias)
         ):
             return normalize(
-                input, weight, bias, running_mean, running_var, None, training, momentum, eps
+                input, running_mean, running_var, weight, bias, None, training, momentum, eps
             )
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
-def normalize(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
-    """Call the operator for these arguments; what it does not take goes to torch's function.
-
-    ``momentum`` may be None with ``num_batches_tracked``: the cumulative average.
-    """
-    arguments = (input, weight, bias, running_mean, running_var)
-    options = (num_batches_tracked, training, momentum, eps)
-    if not (
-        isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool)
-    ):
-        return _by_torch(*arguments, *options)
-    try:
-        if not training or (running_mean is None and running_var is None):
-            return _ops.batch_norm(*arguments, training, eps)[0]
-        if running_mean is not None and running_var is not None:
-            return track(_ops.batch_norm_update, *arguments, num_batches_tracked, momentum, eps)
-    except RuntimeError as error:
-        # what the kernels do not take, and what is no tensor
-        refused = isinstance(error, NotImplementedError) or _WRONG_TYPE in str(error)
-        if not refused or torch.compiler.is_compiling():
-            raise
-        _ops.log_once(str(error).partition("\n")[0])
-    return _by_torch(*arguments, *options)
-
-
-_NUMBER = (float, int)
-_MOMENTUM = (float, int, type(None))
-_WRONG_TYPE = "Expected a value of type"
-
-
-def _by_torch(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-) -> Tensor:
-    if num_batches_tracked is not None and momentum is None:
-        momentum = 1 / float(num_batches_tracked + 1)
-    with undone_on_error(running_mean, running_var) if training else nullcontext():
-        output = F.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return output
-
-
-@contextmanager
-def undone_on_error(*written):
-    """PyTorch's function may write before it fails: then these tensors get their values back."""
-    written = [tensor for tensor in written if isinstance(tensor, Tensor)]
-    before = [tensor.detach().clone() for tensor in written]
-    versions = [0 if tensor.is_inference() else tensor._version for tensor in written]
-    try:
-        yield
-    except Exception:
-        for tensor, value, version in zip(written, before, versions, strict=True):
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)
-            if not tensor.is_inference():
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-        raise

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops, sync_debug
+from batchnorm_ext._layer import FusedForward, counting, own, statistics
 from batchnorm_ext._tracking import track
-from batchnorm_ext.modules import _FusedForward, _parameter, _statistics, counting
 
 __all__ = ["SyncBatchNorm"]
 
@@ -20,7 +20,7 @@ _native_forward = nn.SyncBatchNorm.forward
 _DEBUG = os.environ.get("BATCHNORM_EXT_SYNC_DEBUG") == "1"
 
 
-class SyncBatchNorm(_FusedForward, _BatchNorm):
+class SyncBatchNorm(FusedForward, _BatchNorm):
     r"""Batch normalization with the statistics of the batches of all ranks, as in
     :class:`torch.nn.SyncBatchNorm`, on CPU and GPU.
 
@@ -104,15 +104,15 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor) -> Tensor:
-        if nn.SyncBatchNorm.forward is not _native_forward:  # replaced, see _FusedForward
+        if nn.SyncBatchNorm.forward is not _native_forward:  # replaced, see FusedForward
             return nn.SyncBatchNorm.forward(self, input)
         if self.training and self.track_running_stats and self.num_batches_tracked is None:
             raise AssertionError("num_batches_tracked must not be None")
         group = self._group() if self.training else None
         if group is None or isinstance(input, fx.Proxy):
             return super().forward(input)
-        weight, bias = _parameter(self, "weight"), _parameter(self, "bias")
-        mean, var, batches = _statistics(self)
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        mean, var, batches = statistics(self)
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
@@ -123,11 +123,11 @@ class SyncBatchNorm(_FusedForward, _BatchNorm):
         if debug:
             self._compare_ranks("forward", group, input)
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
-        arguments = (input, weight, bias, mean, var, batches)
         options = (momentum, self.eps, group.group_name, layer)
         if mean is None:
-            output = _ops.sync_batch_norm(*arguments, *options)[0]
+            output = _ops.sync_batch_norm(input, weight, bias, mean, var, batches, *options)[0]
         else:
+            arguments = (input, mean, var, weight, bias, batches)
             output = track(_ops.sync_batch_norm, *arguments, *options)
         if counted is not None:
             counted.add_(1)

@@ -1,9 +1,9 @@
 // Derivatives, one autograd function for statistics of the batch at hand and of all ranks. The kernels are reached
 // through the dispatcher, so that tracing sees them one by one.
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -91,7 +91,9 @@ Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
     std::tie(outputs.y, outputs.stats) = call_forward(o, s);
     return outputs;
   }
-  check_operands(o, s);  // before the other ranks are told anything
+  // before the other ranks are told anything
+  check_operands(o, s);
+  check_memory(o, s);
   const OptionalTensor sums = wait(all_reduce(call_moments(o.x), ranks.group));
   std::tie(outputs.y, outputs.stats) =
       call_forward({o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums}, s);
@@ -166,10 +168,20 @@ struct Norm : torch::autograd::Function<Norm> {
   }
 };
 
-Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
+// What autograd refuses to save, before anything is written.
+void check_saved(const Operands& o) {
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(!o.x.is_inference() && !(o.weight && o.weight->is_inference()),
+                                "Inference tensors cannot be saved for backward");
+  });
+}
+
+Normalized differentiable(const Operands& o, const Spec& s, const Ranks& ranks) {
   if (is_differentiated(o.x, o.weight, o.bias)) {
+    check_saved(o);
     Tensor stats;
-    static const Tensor absent = at::empty({0});  // autograd wants a tensor in its place
+    // Autograd wants a tensor in its place. Not made through the dispatcher, where a mode could make it a fake one.
+    static const Tensor absent(at::detail::empty_cpu({0}, at::TensorOptions()));
     Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), Call{o, s, ranks}, &stats);
     return {std::move(y), std::move(stats)};
   }
@@ -179,14 +191,16 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 
 // The version of the counter is raised, as by the in-place addition of torch.nn. A tensor of inference mode has none:
 // outside of that mode this raises, before anything is written.
-Normalized normalize_alone(const Operands& o, const Spec& s) {
-  if (!o.num_batches_tracked) return normalize(o, s, {});
+Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
+  if (!s.update || !o.num_batches_tracked) return differentiable(o, s, ranks);
   at::TensorImpl* const counter = o.num_batches_tracked->unsafeGetTensorImpl();
   if (counter->is_inference()) counter->bump_version();
-  Normalized result = normalize(o, s, {});
+  Normalized result = differentiable(o, s, ranks);
   if (!counter->is_inference()) counter->bump_version();
   return result;
 }
+
+Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
 Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
                               bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {

@@ -1,8 +1,9 @@
 // Argument checks, shared by the kernels of every device and by the fake ones, whose sizes may be symbols. They run
 // before anything is written, so that an exception leaves all state as it was.
 //
-// What the kernels don't take is a NotImplementedError, on which the layers ask PyTorch's own function: it may take it,
-// and otherwise its error is the one that users know. Where it has one, its text begins ours.
+// What the kernels don't take is refused by a NotImplementedError that ends in kRefusal. The layers then ask PyTorch's
+// own function: it may take the call, and otherwise its error is the one that users know. Where it has one, its text
+// begins ours.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -11,10 +12,29 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "ops.h"
 
 namespace batchnorm_ext {
+
+// Tells a refusal from other NotImplementedErrors, such as one that a user's hook raises after the kernels have
+// written.
+inline constexpr const char* kRefusal = "refused by batchnorm_ext";
+
+// Runs checks whose NotImplementedErrors are refusals.
+template <typename Check>
+void refusing(const Check& check) {
+  try {
+    check();
+  } catch (c10::NotImplementedError& error) {
+    error.add_context(kRefusal);
+    throw;
+  }
+}
+
+// A condition on sizes, which may be symbols.
+inline bool holds(const c10::SymBool& condition) { return condition.expect_true(__FILE__, __LINE__); }
 
 inline void check_input(const at::Tensor& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(x.dim() >= 2,
@@ -25,19 +45,13 @@ inline void check_input(const at::Tensor& x) {
                               "': expected input to be of dtype float32, float64, bfloat16 or float16");
 }
 
-// A condition on sizes.
-template <typename... Message>
-void check_size(const c10::SymBool& holds, const Message&... message) {
-  TORCH_CHECK_NOT_IMPLEMENTED(holds.expect_true(__FILE__, __LINE__), message...);
-}
-
 // A tensor with one value per channel.
 inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor, const char* name) {
   if (!tensor) return;
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->device() == x.device(), "Tensor on device ", tensor->device(),
                               " is not on the expected device ", x.device(), "! This is ", name);
-  check_size(tensor->sym_numel().sym_eq(x.sym_size(1)), name, " should contain ", x.sym_size(1), " elements not ",
-             tensor->sym_numel());
+  TORCH_CHECK_NOT_IMPLEMENTED(holds(tensor->sym_numel().sym_eq(x.sym_size(1))), name, " should contain ", x.sym_size(1),
+                              " elements not ", tensor->sym_numel());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1, "batch_norm: expected ", name, " to be 1-dimensional, got size ",
                               tensor->sym_sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->scalar_type() == at::kFloat || tensor->scalar_type() == x.scalar_type(),
@@ -45,34 +59,36 @@ inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor,
                               x.scalar_type(), ", got ", tensor->scalar_type());
 }
 
+inline void check_counter(const at::Tensor& x, const at::Tensor& counter) {
+  TORCH_CHECK_NOT_IMPLEMENTED(counter.scalar_type() == at::kLong && counter.device() == x.device(),
+                              "batch_norm: expected num_batches_tracked to be one int64 on ", x.device(), ", got ",
+                              counter.scalar_type(), " on ", counter.device());
+  TORCH_CHECK_NOT_IMPLEMENTED(holds(counter.sym_numel().sym_eq(1)),
+                              "batch_norm: expected num_batches_tracked to be one int64, got ", counter.sym_numel());
+}
+
 // What every forward takes but for the number of elements.
 inline void check_operands(const Operands& o, const Spec& s) {
-  check_input(o.x);
-  check_per_channel(o.x, o.running_mean, "running_mean");
-  check_per_channel(o.x, o.running_var, "running_var");
-  check_per_channel(o.x, o.weight, "weight");
-  check_per_channel(o.x, o.bias, "bias");
-  for (const auto* statistic : {&o.running_mean, &o.running_var})
-    TORCH_CHECK_NOT_IMPLEMENTED(s.training || *statistic, statistic == &o.running_mean ? "running_mean" : "running_var",
-                                " must be defined in evaluation mode");
-  for (const auto* statistic : {&o.running_mean, &o.running_var})
-    TORCH_CHECK_NOT_IMPLEMENTED(!*statistic || !(*statistic)->requires_grad(),
-                                "The function 'batch_norm' is not differentiable with respect to argument '",
-                                statistic == &o.running_mean ? "running_mean" : "running_var",
-                                "'. This input cannot have requires_grad True.");
-  TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0), "batch_norm eps must be ",
-                              s.training ? "positive during training" : "non-negative", ", but got ", s.eps);
-  if (!s.update) return;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      s.momentum || o.num_batches_tracked,
-      "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
-  if (!o.num_batches_tracked) return;
-  const at::Tensor& counter = *o.num_batches_tracked;
-  TORCH_CHECK_NOT_IMPLEMENTED(counter.scalar_type() == at::kLong && counter.device() == o.x.device(),
-                              "batch_norm: expected num_batches_tracked to be one int64 on ", o.x.device(), ", got ",
-                              counter.scalar_type(), " on ", counter.device());
-  check_size(counter.sym_numel().sym_eq(1), "batch_norm: expected num_batches_tracked to be one int64, got ",
-             counter.sym_numel());
+  const std::pair<const char*, const OptionalTensor&> statistics[] = {{"running_mean", o.running_mean},
+                                                                      {"running_var", o.running_var}};
+  refusing([&] {
+    check_input(o.x);
+    for (const auto& [name, statistic] : statistics) check_per_channel(o.x, statistic, name);
+    check_per_channel(o.x, o.weight, "weight");
+    check_per_channel(o.x, o.bias, "bias");
+    for (const auto& [name, statistic] : statistics) {
+      TORCH_CHECK_NOT_IMPLEMENTED(s.training || statistic, name, " must be defined in evaluation mode");
+      TORCH_CHECK_NOT_IMPLEMENTED(!statistic || !statistic->requires_grad(),
+                                  "The function 'batch_norm' is not differentiable with respect to argument '", name,
+                                  "'. This input cannot have requires_grad True.");
+    }
+    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0), "batch_norm eps must be ",
+                                s.training ? "positive during training" : "non-negative", ", but got ", s.eps);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !s.update || s.momentum || o.num_batches_tracked,
+        "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
+    if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
+  });
 }
 
 // As Python writes it, without the brackets.
@@ -85,8 +101,7 @@ inline std::string comma_separated_size(const at::Tensor& x) {
 // In training a channel has either no element or more than one.
 inline void check_batch_size(const at::Tensor& x) {
   const c10::SymBool enough = x.sym_numel().sym_ne(x.sym_size(1)).sym_or(x.sym_numel().sym_eq(0));
-  TORCH_CHECK_VALUE(enough.expect_true(__FILE__, __LINE__),
-                    "Expected more than 1 value per channel when training, got input size torch.Size([",
+  TORCH_CHECK_VALUE(holds(enough), "Expected more than 1 value per channel when training, got input size torch.Size([",
                     comma_separated_size(x), "])");
 }
 
@@ -96,45 +111,56 @@ inline void check_forward(const Operands& o, const Spec& s) {
 }
 
 // Memory that is written for two channels, or two statistics, holds neither in the end.
-inline void check_written_once(const Operands& o, const Spec& s) {
-  if (!s.update) return;
+inline void check_written_once(const Operands& o) {
   at::assert_no_internal_overlap(*o.running_mean);
   at::assert_no_internal_overlap(*o.running_var);
   at::assert_no_overlap(*o.running_mean, *o.running_var);
 }
 
 // For kernels whose threads write the running statistics while others still read the rest.
-inline void check_reads_not_written(const Operands& o, const Spec& s) {
-  if (!s.update) return;
+inline void check_reads_not_written(const Operands& o) {
   const auto check = [&](const at::Tensor& read, const char* name) {
     for (const auto* written : {&*o.running_mean, &*o.running_var})
       // of tensors that are not dense, at::get_overlap_status alone does not say that they lie apart
-      TORCH_CHECK_NOT_IMPLEMENTED(!written->is_alias_of(read) ||
-                                      at::get_overlap_status(*written, read) == at::MemOverlapStatus::No,
-                                  "batch_norm: expected ", name, " to share no memory with the running statistics");
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          !written->is_alias_of(read) || at::get_overlap_status(*written, read) == at::MemOverlapStatus::No,
+          "batch_norm: expected ", name, " to share no memory with the running statistics");
   };
-  check(o.x, "input");
-  if (o.weight) check(*o.weight, "weight");
-  if (o.bias) check(*o.bias, "bias");
+  refusing([&] {
+    check(o.x, "input");
+    if (o.weight) check(*o.weight, "weight");
+    if (o.bias) check(*o.bias, "bias");
+  });
+}
+
+// Where the tensors lie, as far as anything is written. Fake tensors lie nowhere.
+inline void check_memory(const Operands& o, const Spec& s) {
+  const bool is_real = (o.x.is_cpu() || o.x.is_cuda()) && !o.x.unsafeGetTensorImpl()->is_python_dispatch();
+  if (!s.update || !is_real) return;
+  check_written_once(o);
+  if (o.x.is_cuda()) check_reads_not_written(o);
 }
 
 // `numel` float64 values in a row, which sums over ranks arrive in.
 inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::SymInt& numel, const char* name) {
   TORCH_CHECK(sums.dim() == 1 && sums.is_contiguous() && sums.scalar_type() == at::kDouble &&
-                  sums.device() == x.device() && sums.sym_numel().sym_eq(numel).expect_true(__FILE__, __LINE__),
+                  sums.device() == x.device() && holds(sums.sym_numel().sym_eq(numel)),
               "batch_norm: expected ", name, " to be ", numel, " contiguous float64 values on ", x.device(), ", got ",
               sums.scalar_type(), sums.sym_sizes(), " on ", sums.device());
 }
 
 inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
                            const at::Tensor& stats) {
-  check_input(x);
-  check_per_channel(x, weight, "weight");
-  TORCH_CHECK(dy.sym_sizes() == x.sym_sizes() && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
+  refusing([&] {
+    check_input(x);
+    check_per_channel(x, weight, "weight");
+  });
+  TORCH_CHECK(holds(c10::sym_equals(dy.sym_sizes(), x.sym_sizes())) && dy.scalar_type() == x.scalar_type() &&
+                  dy.device() == x.device(),
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
-  TORCH_CHECK(stats.dim() == 2 && stats.sym_size(0) == 2 && stats.sym_size(1) == x.sym_size(1) &&
-                  stats.is_contiguous() && stats.scalar_type() == at::kDouble && stats.device() == x.device(),
+  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, x.sym_size(1)})) && stats.is_contiguous() &&
+                  stats.scalar_type() == at::kDouble && stats.device() == x.device(),
               "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", x.sym_size(1),
               "] on ", x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
 }

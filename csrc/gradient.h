@@ -37,15 +37,17 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
   using at::Tensor;
   const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
-  Tensor centred = x - along_channels(stats[0].to(dtype), x);
+  // Halves, because x - mean may overflow where xhat does not.
+  Tensor half = at::add(along_channels((stats[0] * -0.5).to(dtype), x), x, 0.5);
   Tensor invstd = along_channels(stats[1].to(dtype), x);
-  if (training) {
-    // Adds nothing to the statistics but their dependence on x; it needs no eps.
-    centred = centred - average({centred - centred.detach()})[0];
-    const Tensor var = average({centred * centred})[0];
-    invstd = at::rsqrt(invstd.pow(-2) + (var - var.detach()));
+  if (training && x_.requires_grad()) {
+    // Adds nothing to the statistics but their dependence on x. The variance is relative to its value, so that it
+    // neither overflows nor underflows, and needs no eps: it stands for (var + eps) / (its value + eps).
+    half = half - average({half - half.detach()})[0];
+    const Tensor relative = average({(half * (2 * invstd)).square()})[0];
+    invstd = invstd * at::rsqrt(1 + (relative - relative.detach()));
   }
-  const Tensor xhat = centred * invstd;
+  const Tensor xhat = half * (2 * invstd);
   Tensor dx, dweight, dbias;
   if (mask[0]) {
     const Tensor scale = weight ? invstd * along_channels(weight->to(dtype), x) : invstd;

@@ -200,3 +200,19 @@ def test_nothing_is_left_to_native(device):
     assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))
     y, _ = batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5)
     assert y.device == x.device
+
+
+@pytest.mark.parametrize("what", ["channels", "every other column", "expanded", "strided weight"])
+def test_slice_runs_on_the_kernels(what, device):
+    """Tensors that are not dense once passed for ones that overlap the running statistics."""
+    wide = torch.randn(4, 6, 5, 10, device=device)
+    x = {
+        "channels": wide[:, :3],
+        "every other column": wide[:, ::2, :, ::2],
+        "expanded": wide[:1, :3].expand(4, -1, -1, -1),
+        "strided weight": wide[:, :3].contiguous(),
+    }[what]
+    module = BatchNorm2d(3, device=device)
+    if what == "strided weight":
+        module.weight = torch.nn.Parameter(torch.ones(6, device=device)[::2])
+    assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))

@@ -177,3 +177,38 @@ def test_environment_is_read_once(plan, printed):
     environment = os.environ | {"BATCHNORM_EXT_CUDA_PLAN": plan}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert re.match(printed, done.stdout), done.stdout + done.stderr
+
+
+def _take_all(device):
+    """All memory of the device, in blocks of this process."""
+    blocks = []
+    for size in (1 << 30, 1 << 24, 1 << 21):
+        try:
+            while True:
+                blocks.append(torch.empty(size, dtype=torch.uint8, device=device))
+        except torch.OutOfMemoryError:
+            pass
+    return blocks
+
+
+def test_counters_take_memory_that_the_cache_holds_without_need(device):
+    """They come from CUDA itself, which has none left as long as PyTorch keeps what is freed."""
+    problem = make_problem(SHORT[0], device)
+    problem.forward(training=False)
+    blocks = _take_all(device)
+    blocks.clear()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        y, _ = problem.forward(training=True)
+        assert y.isfinite().all()
+
+
+def test_lack_of_memory_for_counters_is_out_of_memory(device):
+    problem = make_problem(SHORT[0], device)
+    problem.forward(training=False)
+    before = problem.state
+    blocks = _take_all(device)
+    with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(torch.OutOfMemoryError):
+        problem.forward(training=True)
+    blocks.clear()
+    for name, value in problem.state.items():
+        assert_bitwise(name, value, before[name])

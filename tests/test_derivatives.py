@@ -102,3 +102,30 @@ def test_second_derivative_in_low_precision(dtype, device):
         # every intermediate gradient is rounded to the dtype of x: some ten roundings
         bound = 10 * torch.finfo(dtype).eps * wanted.abs().max().item()
         torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    "dtype, scale, eps",
+    [
+        (torch.float32, 1.0, 1e-5),
+        (torch.float32, 1e25, 1e-5),  # the variance overflows
+        (torch.float32, 2e37, 1e-5),  # nearly the whole range: so does x - mean
+        (torch.float32, 1e-25, 1e-60),  # invstd ** -2 underflows
+        (torch.bfloat16, 1e25, 1e-5),
+        (torch.float64, 1e200, 1e-5),
+        (torch.float64, 1e-200, 5e-324),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_graph_is_finite_where_the_plain_one_is(dtype, scale, eps, device):
+    x = torch.randn(50, 2, dtype=torch.float64)
+    x[0], x[1] = -15.0, 15.0
+    x = (x * scale).to(dtype).to(device).requires_grad_()
+    weight = torch.full((2,), scale, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    dy = torch.randn(50, 2, device=device).to(dtype)
+    y, _ = batch_norm(x, weight, None, None, None, None, True, 0.1, eps)
+    (plain,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    (graph,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    # some ten roundings: of the terms in float32 or float64, and of the result to the dtype of x
+    bound = 10 * torch.finfo(dtype).eps * plain.abs().max().item()
+    torch.testing.assert_close(graph.detach(), plain, rtol=0, atol=bound)

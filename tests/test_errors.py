@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import batchnorm_ext
 import batchnorm_ext.functional as ours
@@ -162,3 +163,13 @@ def test_backward_operator(name, value, device):
             training=True,
             output_mask=[True] * 3,
         )
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_error_of_a_call_without_data_is_the_native_one(kind):
+    """It was that of the comparison which looks for what has been written."""
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        arguments = torch.empty(4, 3), torch.zeros(3), torch.ones(3)
+        for batch_norm in (F.batch_norm, ours.batch_norm):
+            with pytest.raises(TypeError, match="'<=' not supported"):
+                batch_norm(*arguments, training=True, eps="x")

@@ -1,5 +1,6 @@
 """The kernels of every instruction set that this processor has, each in a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import batchnorm_ext
+from batchnorm_ext import _build, _ops
 
 pytestmark = pytest.mark.only("cpu", reason="instruction sets are those of the CPU kernels")
 X86 = ["default", "avx2", "avx512", "avx512_bf16"]
@@ -65,3 +67,21 @@ def test_missing_builds(missing):
         assert "batchnorm_ext was built without kernels for this CPU" in result.stderr
     else:
         assert f"CPU kernels: {usable[-1 - missing]}\n" in result.stdout, result.stderr
+
+
+def test_cuda_module_of_an_earlier_build_is_not_loaded(monkeypatch, tmp_path):
+    """A build in place without CUDA leaves it where it is."""
+    stale = tmp_path / "_cuda.so"
+    stale.touch()
+    find_spec = importlib.util.find_spec
+
+    def find(name):
+        if name == "batchnorm_ext._cuda":
+            return importlib.util.spec_from_file_location(name, stale)
+        return find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(_build, "CUDA", None)
+    monkeypatch.setattr(_build, "CUDA_ARCHITECTURES", None)
+    *_, architectures = _ops._load()
+    assert architectures == []

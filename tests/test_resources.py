@@ -94,3 +94,25 @@ def test_import_adds_at_most_100_ms():
         output = subprocess.run(command, capture_output=True, text=True, check=True)
         times.append(float(output.stdout))
     assert min(times) <= 0.1, times
+
+
+FAKE = """
+import gc
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+import batchnorm_ext
+
+with FakeTensorMode():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    y = batchnorm_ext.BatchNorm2d(3, affine=False)(x)
+del x, y
+gc.collect()
+print(sum(type(thing) is FakeTensor for thing in gc.get_objects()))
+"""
+
+
+def test_no_fake_tensor_stays_behind():
+    """In a process of its own, because the first call made the tensor that stayed."""
+    command = [sys.executable, "-c", FAKE]
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(output.stdout) == 0

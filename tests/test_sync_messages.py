@@ -79,6 +79,11 @@ def count_messages():
     x = torch.randn(4, C, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     expect(forward, forward, backward)
+    y = layer(x)
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    expect(forward, *[(C, torch.float64)] * 2, backward)
+    layer(torch.randn(4, C)).sum().backward(create_graph=True)  # of the parameters alone
+    expect(forward)
     layer.eval()(x).sum().backward()
     expect()
 
@@ -195,6 +200,15 @@ def bad_input():
         layer(torch.ones(4, C, dtype=torch.int64))
     with error("head", "torch.func", kind=NotImplementedError):
         torch.func.vmap(layer)(torch.randn(2, 4, C))
+    with torch.inference_mode():
+        x = torch.randn(4, C)
+    with error("head", "Inference tensors cannot be saved", kind=NotImplementedError):
+        layer(x)
+    layer.running_var = torch.ones(1).expand(C)
+    before = state(layer)
+    with error("head", "single memory location"):
+        layer(torch.randn(4, C))
+    layer.running_var = torch.ones(C)
     assert_unchanged(layer, before)
     before = state(layer.double())
     with error("head", "float32", "Double"):
@@ -205,3 +219,22 @@ def bad_input():
 
 def test_bad_input(ranks):
     ranks(2).run(bad_input)
+
+
+def count_batches():
+    """The version of the counter rises with it, so that autograd notices a later use."""
+    layer, local = batchnorm_ext.SyncBatchNorm(C), batchnorm_ext.BatchNorm1d(C)
+    x = torch.randn(4, C, requires_grad=True)
+    for module in (layer, local):
+        module(x)
+    assert layer.num_batches_tracked._version == local.num_batches_tracked._version == 2
+    with torch.inference_mode():
+        layer = batchnorm_ext.SyncBatchNorm(C, affine=False)
+    before = state(layer)
+    with error("Inplace update to inference tensor"):
+        layer(x)
+    assert_unchanged(layer, before)
+
+
+def test_counter_is_written_like_any_other_tensor(ranks):
+    ranks(2).run(count_batches)

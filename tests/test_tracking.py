@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm_ext
+from batchnorm_ext import _tracking
 from support import assert_bitwise, batch_norm, ops
 
 
@@ -136,3 +138,60 @@ def test_gradients_have_the_dtype_of_their_own_parameter(training, device):
         dy, x, weight, stats, training, [True] * 3, torch.float32
     )
     assert (dweight.dtype, dbias.dtype) == (torch.float16, torch.float32)
+
+
+class Hook:
+    """Raises at a tensor that autograd saves, the first or a later one."""
+
+    def __init__(self, error, at):
+        self.error, self.at, self.seen = error, at, 0
+
+    def __call__(self, tensor):
+        self.seen += 1
+        if self.seen == self.at:
+            raise self.error
+        return tensor
+
+
+@pytest.mark.parametrize("at", [1, 3], ids=["first tensor", "last tensor"])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("stop"), NotImplementedError("stop"), RuntimeError("Expected a value of type")],
+)
+def test_hook_that_raises_moves_no_statistics(error, at, device):
+    """Nor is NotImplementedError a refusal, after which native would track the batch again."""
+    layer = _layer(device)
+    x = (torch.randn(4, 3, 2, 2, device=device) + 5).requires_grad_()
+    before, versions = _state(layer), [buffer._version for buffer in layer.buffers()]
+    hook = Hook(error, at)
+    with pytest.raises(type(error)) as raised, saved_tensors_hooks(hook, lambda t: t):
+        layer(x)
+    assert str(raised.value) == str(error)
+    assert hook.seen == at, "the forward has run twice"
+    _assert_state(layer, before)
+    assert [buffer._version for buffer in layer.buffers()] == versions
+
+
+@pytest.mark.parametrize("kind", ["input", "weight"])
+def test_inference_tensors_that_autograd_cannot_save_move_no_statistics(kind, device):
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    x, weight = torch.randn(4, 3, device=device) + 5, torch.ones(3, device=device)
+    with torch.inference_mode():
+        if kind == "input":
+            x, weight = x.clone(), weight.requires_grad_()
+        else:
+            x, weight = x.requires_grad_(), weight.clone()
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        batchnorm_ext.functional.batch_norm(x, mean, var, weight, training=True)
+    assert_bitwise("mean", mean, torch.zeros_like(mean))
+    assert_bitwise("var", var, torch.ones_like(var))
+
+
+def test_statistics_of_many_forwards_are_not_kept(device):
+    """8 bytes each of the last 64; once it was the statistics themselves, 64 KB each."""
+    layer = batchnorm_ext.BatchNorm1d(4096).to(device)
+    with torch.no_grad():
+        for _ in range(100):
+            layer(torch.randn(2, 4096, device=device))
+    kept = _tracking._tracked[layer.running_mean]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 64 * 8

@@ -50,7 +50,7 @@ Tensor moments(const Tensor& input) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_written_once(o, s);
+  check_memory(o, s);
   const int64_t channels = o.x.size(1);
   check_sums(o.x, *o.sums, sums_size(channels), "sums");
   const Tensor x = dense(o.x);
@@ -122,7 +122,6 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_apply", [&] {
     using A = Acc<scalar_t>;
     CoefficientTable<A, 4> table(channels);
-    for (int64_t c = 0; c < channels; ++c) table.row(0)[c] = static_cast<A>(mean[c]);
     set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,
                        read_channels(weight, channels, 1).get());
     map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), dx.mutable_data_ptr<scalar_t>(),

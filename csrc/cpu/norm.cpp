@@ -25,7 +25,7 @@ using at::Tensor;
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
-  check_written_once(o, s);
+  check_memory(o, s);
   const Tensor x = dense(o.x);
   const int64_t channels = x.size(1);
   Tensor y = empty_output_like(x);

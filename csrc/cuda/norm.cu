@@ -132,8 +132,7 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
-  check_written_once(o, s);
-  check_reads_not_written(o, s);
+  check_memory(o, s);
   const CUDAGuard guard(o.x.device());
   if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
     const auto options = o.x.options().dtype(at::kDouble);
@@ -144,8 +143,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_written_once(o, s);
-  check_reads_not_written(o, s);
+  check_memory(o, s);
   check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
   const CUDAGuard guard(o.x.device());
   return normalize(o, s, Source::kSums);

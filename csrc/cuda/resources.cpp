@@ -116,14 +116,30 @@ Capture capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? capture : Capture();
 }
 
+// Memory from CUDA itself. What torch's allocator holds without need is given back for it, but not during a capture.
+void* allocate_uncached(int64_t bytes, bool capturing) {
+  void* memory = nullptr;
+  cudaError_t status = cudaMalloc(&memory, bytes);
+  if (status == cudaErrorMemoryAllocation && !capturing) {
+    static_cast<void>(cudaGetLastError());  // or the next check would report it again
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    status = cudaMalloc(&memory, bytes);
+  }
+  if (status == cudaErrorMemoryAllocation) {
+    static_cast<void>(cudaGetLastError());
+    C10_THROW_ERROR(OutOfMemoryError, c10::str("CUDA out of memory: batchnorm_ext found no ", bytes, " bytes"));
+  }
+  C10_CUDA_CHECK(status);
+  return memory;
+}
+
 // Not from torch's allocator: during a capture its memory belongs to a pool that other graphs may share and write to,
 // so that every replay would have to zero the counters first. Zeroed here, on a stream of its own: a memset on the
 // stream that is captured would be part of the graph, too.
-void* allocate_counters(int64_t bytes) {
+void* allocate_counters(int64_t bytes, bool capturing) {
   const c10::cuda::CUDAStreamCaptureModeGuard allocate_while_capturing{cudaStreamCaptureModeRelaxed};
-  void* memory = nullptr;
+  void* const memory = allocate_uncached(bytes, capturing);
   cudaStream_t stream = nullptr;
-  C10_CUDA_CHECK(cudaMalloc(&memory, bytes));
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
@@ -148,7 +164,9 @@ void* counters_for(int64_t bytes, int device, cudaStream_t stream) {
   static auto& pool = *new CounterPool;  // outlives the threads that may still launch, or end a graph, at exit
   const Capture capture = capture_of(stream);
   const Queue queue{device, stream, capture.graph ? std::optional(capture.id) : std::nullopt};
-  return pool.counters(queue, bytes, allocate_counters, [&](auto lease) { hold(capture.graph, std::move(lease)); });
+  return pool.counters(
+      queue, bytes, [&](int64_t size) { return allocate_counters(size, capture.graph != nullptr); },
+      [&](auto lease) { hold(capture.graph, std::move(lease)); });
 }
 
 c10::DataPtr allocate(int64_t bytes) {
@@ -181,11 +199,12 @@ void refuse_cooperation() {
 void allow_shared_memory(const void* kernel) {
   const int device = c10::cuda::current_device();
   thread_local std::set<std::pair<const void*, int>> allowed;
-  if (!allowed.emplace(kernel, device).second) return;
+  if (allowed.contains({kernel, device})) return;
   C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(describe(device).shared_per_block)));
   C10_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  allowed.emplace(kernel, device);  // last, so that after an error the next launch tries again
 }
 
 // For tests and for tuning, which try many plans in one process.

@@ -1,0 +1,106 @@
+"""What the layers have in common: their forward, and what they hand to the operators."""
+
+import torch
+import torch.nn.functional as F  # noqa: F401  (what torch.jit.script compiles, see __wrapped__)
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm_ext import _ops
+from batchnorm_ext._normalize import normalize
+from batchnorm_ext._tracking import undone_on_error
+
+_native_forward = _BatchNorm.forward
+
+
+def own(module: nn.Module, kind: str, name: str) -> Tensor | None:
+    """``getattr(module, name)`` without the half microsecond that a module spends on finding it.
+
+    ``kind`` is "_parameters" or "_buffers".
+    """
+    members = module.__dict__[kind]
+    return members[name] if name in members else getattr(module, name)  # parametrized: not
+
+
+class FusedForward:
+    """Replaces ``forward`` of the ``torch.nn`` class that follows it in the list of bases."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__native = cls.__mro__[cls.__mro__.index(FusedForward) + 1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        native = self.__native.forward
+        # a script for test-time adaptation replaces it, and what leaves the process is torch's own
+        if native is not _native_forward or (_ops.leaves_process() and _can_leave(self)):
+            return native(self, input)
+        if isinstance(input, fx.Proxy):
+            return self.__traced(input)
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        mean, var, batches = statistics(self)
+        if not _ops.takes(input, mean, var, weight, bias):
+            with undone_on_error(batches):
+                return native(self, input)
+        self._check_input_dim(input)
+        counted, batches, momentum = counting(self.momentum, batches, mean, var)
+        # in evaluation without buffers the statistics are those of the batch
+        training = bool(self.training) or (mean is None and var is None)
+        arguments = (input, mean, var, weight, bias, batches, training, momentum, self.eps)
+        if counted is None:
+            return normalize(*arguments)
+        with undone_on_error(counted):
+            counted.add_(1)
+            return normalize(*arguments)
+
+    def __traced(self, input: fx.Proxy) -> Tensor:
+        """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf."""
+        twin = self.__native.__new__(self.__native)
+        twin.__dict__ = self.__dict__
+        path = input.tracer.path_of_module(self)
+        if path and input.tracer.is_leaf_module(twin, path):
+            return input.tracer.create_proxy("call_module", path, (input,), {})
+        return self.__native.forward(self, input)
+
+    # torch.jit.script compiles the source of this one instead, and errors name it
+    forward.__wrapped__ = _native_forward
+    forward.__qualname__ = _native_forward.__qualname__
+
+
+def _can_leave(layer: nn.Module) -> bool:
+    """Whether torch.export can take the layer as torch's own: not where it reads its counter."""
+    return not (layer.training and layer.track_running_stats and layer.momentum is None)
+
+
+def statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean and variance and the counter of batches, as far as this forward uses them.
+
+    In training without tracking the buffers, if any, are neither read nor written, and in
+    evaluation no batch is counted.
+    """
+    if module.training and not module.track_running_stats:
+        return None, None, None
+    mean, var = own(module, "_buffers", "running_mean"), own(module, "_buffers", "running_var")
+    batches = own(module, "_buffers", "num_batches_tracked") if module.training else None
+    return mean, var, batches
+
+
+def counting(
+    momentum: float | None, batches: Tensor | None, mean: Tensor | None, var: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, float | None]:
+    """The counter if it is to be raised here, or else for the operator to raise; the momentum.
+
+    The operator counts in int64. A counter of another dtype, as averaging or a checkpoint leaves
+    it, counts as natively. Without a counter ``momentum=None`` moves nothing.
+    """
+    if batches is None:
+        return None, None, 0.0 if momentum is None else momentum
+    if (
+        (type(batches) is Tensor or isinstance(batches, _ops.STAND_INS))
+        and batches.dtype is torch.int64
+        and mean is not None
+        and var is not None
+        and batches.is_meta is mean.is_meta
+    ):
+        return None, batches, momentum
+    if momentum is None and isinstance(batches, Tensor):
+        momentum = 1 / float(batches.detach() + 1)
+    return batches, None, momentum

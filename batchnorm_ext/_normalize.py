@@ -1,0 +1,61 @@
+"""Calls the operators, and torch's own function for what they refuse."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm_ext import _ops
+from batchnorm_ext._tracking import track, undone_on_error
+
+
+def normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Call the operator for these arguments; what it does not take goes to torch's function.
+
+    ``momentum`` may be None with ``num_batches_tracked``: the cumulative average.
+    """
+    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
+    options = (training, momentum, eps)
+    if not (
+        isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool)
+    ):
+        return _by_torch(*tensors, *options)
+    try:
+        if not training or (running_mean is None and running_var is None):
+            return _ops.batch_norm(input, weight, bias, running_mean, running_var, training, eps)[0]
+        if running_mean is not None and running_var is not None:
+            return track(_ops.batch_norm_update, *tensors, momentum, eps)
+    except RuntimeError as error:
+        if not _ops.is_refusal(error) or torch.compiler.is_compiling():
+            raise
+        _ops.log_once(str(error).partition("\n")[0])
+    return _by_torch(*tensors, *options)
+
+
+_NUMBER = (float, int)
+_MOMENTUM = (float, int, type(None))
+
+
+def _by_torch(
+    input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
+) -> Tensor:
+    if num_batches_tracked is not None and momentum is None:
+        momentum = 1 / float(num_batches_tracked + 1)
+    with undone_on_error(running_mean, running_var) if training else nullcontext():
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return output
