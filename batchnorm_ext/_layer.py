@@ -12,13 +12,20 @@ from batchnorm_ext._tracking import undone_on_error
 _native_forward = _BatchNorm.forward
 
 
+_exact: set[type] = set()  # the classes of this library, and none derived from them
+
+
 def own(module: nn.Module, kind: str, name: str) -> Tensor | None:
     """``getattr(module, name)`` without the half microsecond that a module spends on finding it.
 
     ``kind`` is "_parameters" or "_buffers".
     """
-    members = module.__dict__[kind]
-    return members[name] if name in members else getattr(module, name)  # parametrized: not
+    attributes = module.__dict__
+    members = attributes[kind]
+    # parametrized or not, a subclass and an attribute of the layer itself may say otherwise
+    if name in members and type(module) in _exact and name not in attributes:
+        return members[name]
+    return getattr(module, name)
 
 
 class FusedForward:
@@ -27,6 +34,8 @@ class FusedForward:
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         cls.__native = cls.__mro__[cls.__mro__.index(FusedForward) + 1]
+        if cls.__module__.startswith("batchnorm_ext."):
+            _exact.add(cls)
 
     def forward(self, input: Tensor) -> Tensor:
         native = self.__native.forward
@@ -44,15 +53,22 @@ class FusedForward:
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
         training = bool(self.training) or (mean is None and var is None)
-        arguments = (input, mean, var, weight, bias, batches, training, momentum, self.eps)
-        if counted is None:
-            return normalize(*arguments)
-        with undone_on_error(counted):
-            counted.add_(1)
-            return normalize(*arguments)
+        tensors = (input, mean, var, weight, bias, batches, counted)
+        return normalize(*tensors, training, momentum, self.eps)
 
     def __traced(self, input: fx.Proxy) -> Tensor:
-        """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf."""
+        """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.
+
+        That layer's hooks would not run while it is traced. Ours have done so on the way here, and
+        would again in the node.
+        """
+        if type(self) not in _exact:
+            return self.__native.forward(self, input)
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
+            raise fx.proxy.TraceError(
+                f"{type(self).__name__} with hooks or a forward of its own is traced only as the "
+                "layer of torch.nn: call batchnorm_ext.revert(model) first"
+            )
         twin = self.__native.__new__(self.__native)
         twin.__dict__ = self.__dict__
         path = input.tracer.path_of_module(self)

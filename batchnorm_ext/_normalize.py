@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
@@ -17,15 +16,17 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     num_batches_tracked: Tensor | None,
+    counted: Tensor | None,
     training: bool,
     momentum: float | None,
     eps: float,
 ) -> Tensor:
     """Call the operator for these arguments; what it does not take goes to torch's function.
 
-    ``momentum`` may be None with ``num_batches_tracked``: the cumulative average.
+    ``momentum`` may be None with ``num_batches_tracked``: the cumulative average. ``counted`` is a
+    counter that the operator does not take.
     """
-    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked)
+    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked, counted)
     options = (training, momentum, eps)
     if not (
         isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool)
@@ -48,14 +49,15 @@ _MOMENTUM = (float, int, type(None))
 
 
 def _by_torch(
-    input, running_mean, running_var, weight, bias, num_batches_tracked, training, momentum, eps
+    input, running_mean, running_var, weight, bias, batches, counted, training, momentum, eps
 ) -> Tensor:
-    if num_batches_tracked is not None and momentum is None:
-        momentum = 1 / float(num_batches_tracked + 1)
+    if batches is not None and momentum is None:
+        momentum = 1 / float(batches + 1)
     with undone_on_error(running_mean, running_var) if training else nullcontext():
-        output = F.batch_norm(
+        output = _ops.by_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    for counter in (batches, counted):
+        if counter is not None:
+            counter.add_(1)
     return output

@@ -89,6 +89,15 @@ STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
 _native_function, _native_operator = F.batch_norm, torch.batch_norm
 
 
+our_function = None  # functional.batch_norm, which a program may put in the place of torch's
+
+
+def by_torch(*arguments) -> Tensor:
+    """``F.batch_norm(*arguments)``, for what the operators do not take."""
+    function = F.batch_norm
+    return (_native_function if function is our_function else function)(*arguments)
+
+
 def leaves_process() -> bool:
     """Whether a graph is recorded that is to be loaded elsewhere, without this library."""
     return _is_exporting() or torch.jit.is_tracing()
@@ -114,7 +123,10 @@ def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
     ``parameters`` are the other tensors of the call. What the operators find out by themselves is
     not asked here: see ``is_refusal``.
     """
-    if F.batch_norm is not _native_function or torch.batch_norm is not _native_operator:
+    function = F.batch_norm
+    if (function is not _native_function and function is not our_function) or (
+        torch.batch_norm is not _native_operator
+    ):
         return "batch_norm of torch has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"

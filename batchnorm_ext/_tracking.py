@@ -6,21 +6,48 @@ checkpointing does, does not track it again. What repeats is told by the statist
 gives the same bits.
 """
 
-from collections import deque
+import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm_ext._ops import STAND_INS
 
-# Fingerprints of the batches tracked last, for each running mean: only of forwards that something
-# may repeat. Enough for a layer that is used many times before the backward, as over micro-batches.
-_REMEMBERED = 64
-_tracked = WeakTensorKeyDictionary()
+_LEAST, _MOST = 64, 1 << 16  # batches remembered: the last ones of a layer that is used more often
+
+
+class _History:
+    """Fingerprints of the batches that have moved a running mean, and that something may repeat."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self.count = 0
+        self.fingerprints = torch.zeros(_LEAST, dtype=torch.int64, device=device)
+
+    def add(self, stats: Tensor) -> None:
+        if self.count == len(self.fingerprints) < _MOST:
+            self.fingerprints = torch.cat([self.fingerprints, torch.zeros_like(self.fingerprints)])
+        self.fingerprints[self.count % len(self.fingerprints)] = _fingerprint(stats)
+        self.count += 1
+
+    def has(self, stats: Tensor) -> Tensor:
+        """A truth value on the device, which nobody waits for."""
+        return (self.fingerprints[: self.count] == _fingerprint(stats)).any()
+
+
+_histories: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _fingerprint(stats: Tensor) -> Tensor:
+    """A hash of all bits and their places: channels that are alike do not cancel out."""
+    bits = stats.flatten().view(torch.int64)
+    odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return (bits * (odd * 0x1E3779B97F4A7C15)).sum()
 
 
 def track(
@@ -31,44 +58,56 @@ def track(
     weight: Tensor | None,
     bias: Tensor | None,
     num_batches_tracked: Tensor | None,
+    counted: Tensor | None,
     *options,
 ) -> Tensor:
-    """Call an operator that moves the running statistics, unless it repeats what has been done."""
-    state = (running_mean, running_var, num_batches_tracked)
-    arguments = (input, weight, bias, *state, *options)
+    """Call an operator that moves the running statistics, unless it repeats what has been done.
+
+    It raises ``num_batches_tracked``; ``counted`` is a counter that is to be raised here.
+    """
+    arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, *options)
     if torch.compiler.is_compiling():  # the compilers repeat no writes
+        if counted is not None:
+            counted.add_(1)
         return update(*arguments)[0]
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     in_backward = torch._C._current_graph_task_id() != -1
-    remembered = _tracked.get(running_mean) if in_backward else None
-    if hooks is None and not remembered:
-        output, stats = update(*arguments)
-        # a backward may repeat what leaves no graph
-        if not in_backward and not torch.is_grad_enabled():
-            _remember(running_mean, stats)
-        return output
+    # a backward may repeat what leaves no graph, or one under hooks
+    adds = not in_backward and (hooks is not None or not torch.is_grad_enabled())
+    history = _history_of(running_mean, adds) if adds or in_backward else None
+    if hooks is None and history is None and counted is None:
+        return update(*arguments)[0]
+    state = (running_mean, running_var, num_batches_tracked, counted)
     # hooks see what autograd saves when the operator has written, and may fail
-    with _stop_deferred(hooks if in_backward else None), undone_on_error(*state) as before:
+    with (
+        nullcontext() if history is None else history.lock,
+        _stop_deferred(hooks if in_backward else None),
+        undone_on_error(*state) as before,
+    ):
+        if counted is not None:
+            counted.add_(1)
         output, stats = update(*arguments)
-        if not in_backward:
-            _remember(running_mean, stats)
-        elif remembered:
-            _undo_repetition(stats, remembered, before)
+        if history is not None:
+            # unseen by dispatch modes: selective checkpointing wants the operators of the forward
+            with _disable_current_modes(), torch.no_grad():
+                if adds:
+                    history.add(stats)
+                else:
+                    _undo_repetition(stats, history, before)
     return output
 
 
-def _remember(running_mean: Tensor, stats: Tensor) -> None:
-    remembered = _tracked.get(running_mean)
-    if remembered is None:
-        remembered = _tracked[running_mean] = deque(maxlen=_REMEMBERED)
-    remembered.append(torch.hash_tensor(stats))
+def _history_of(running_mean: Tensor, make: bool) -> _History | None:
+    history = _histories.get(running_mean)
+    if history is None and make:
+        with _disable_current_modes():
+            history = _histories.setdefault(running_mean, _History(running_mean.device))
+    return history
 
 
-@torch.no_grad()
-def _undo_repetition(stats: Tensor, remembered: deque, before: list) -> None:
-    """Restore the state if the batch is remembered: on the device, which nobody waits for."""
-    seen = torch.stack(list(remembered)).view(torch.int64)
-    repeats = (seen == torch.hash_tensor(stats).view(torch.int64)).any()
+def _undo_repetition(stats: Tensor, history: _History, before: list) -> None:
+    """Restore the state if the batch is remembered."""
+    repeats = history.has(stats)
     for tensor, value in before:
         tensor.copy_(torch.where(repeats, value, tensor))
 
@@ -104,7 +143,8 @@ def undone_on_error(*written: Tensor | None):
     Yields the tensors, each with a copy of its value.
     """
     written = [t for t in written if isinstance(t, Tensor)]
-    before = [(tensor, tensor.detach().clone()) for tensor in written]
+    with _disable_current_modes():
+        before = [(tensor, tensor.detach().clone()) for tensor in written]
     versions = [0 if tensor.is_inference() else tensor._version for tensor in written]
     try:
         yield before

@@ -67,7 +67,12 @@ def batch_norm(
             and not _ops.leaves_process()
             and _ops.takes(input, running_mean, running_var, weight, bias)
         ):
-            return normalize(
-                input, running_mean, running_var, weight, bias, None, training, momentum, eps
-            )
+            tensors = (input, running_mean, running_var, weight, bias, None, None)
+            return normalize(*tensors, training, momentum, eps)
+        return _ops.by_torch(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_ops.our_function = batch_norm

@@ -16,7 +16,8 @@ from batchnorm_ext._tracking import track
 
 __all__ = ["SyncBatchNorm"]
 
-_native_forward = nn.SyncBatchNorm.forward
+_Native = nn.SyncBatchNorm  # whatever that name may stand for later
+_native_forward = _Native.forward
 _DEBUG = os.environ.get("BATCHNORM_EXT_SYNC_DEBUG") == "1"
 
 
@@ -104,8 +105,8 @@ class SyncBatchNorm(FusedForward, _BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor) -> Tensor:
-        if nn.SyncBatchNorm.forward is not _native_forward:  # replaced, see FusedForward
-            return nn.SyncBatchNorm.forward(self, input)
+        if _Native.forward is not _native_forward:  # replaced, see FusedForward
+            return _Native.forward(self, input)
         if self.training and self.track_running_stats and self.num_batches_tracked is None:
             raise AssertionError("num_batches_tracked must not be None")
         group = self._group() if self.training else None
@@ -127,10 +128,8 @@ class SyncBatchNorm(FusedForward, _BatchNorm):
         if mean is None:
             output = _ops.sync_batch_norm(input, weight, bias, mean, var, batches, *options)[0]
         else:
-            arguments = (input, mean, var, weight, bias, batches)
-            output = track(_ops.sync_batch_norm, *arguments, *options)
-        if counted is not None:
-            counted.add_(1)
+            tensors = (input, mean, var, weight, bias, batches, counted)
+            output = track(_ops.sync_batch_norm, *tensors, *options)
         if debug and _wants_gradient(input):
             output.register_hook(lambda _: self._compare_ranks("backward", group, input))
         return output
