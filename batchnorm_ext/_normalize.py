@@ -34,7 +34,12 @@ def normalize(
         return _by_torch(*tensors, *options)
     try:
         if not training or (running_mean is None and running_var is None):
-            return _ops.batch_norm(input, weight, bias, running_mean, running_var, training, eps)[0]
+            output, _ = _ops.batch_norm(
+                input, weight, bias, running_mean, running_var, training, eps
+            )
+            if counted is not None:
+                counted.add_(1)
+            return output
         if running_mean is not None and running_var is not None:
             return track(_ops.batch_norm_update, *tensors, momentum, eps)
     except RuntimeError as error:

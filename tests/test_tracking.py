@@ -1,10 +1,17 @@
 """Which forwards move the running statistics, and what may be written where."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import batchnorm_ext
 from batchnorm_ext import _tracking
@@ -39,6 +46,73 @@ def test_repeated_forward_is_not_tracked_again(use_reentrant, momentum, last, de
         once(x)
     assert layer.num_batches_tracked == 2
     _assert_state(layer, _state(once))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_more_forwards_than_were_remembered(use_reentrant, device):
+    """Of 100 before one backward, 36 were tracked twice."""
+    layer = _layer(device)
+    batches = [torch.randn(4, 3, 2, 2, device=device, requires_grad=True) for _ in range(100)]
+    losses = [checkpoint(layer, x, use_reentrant=use_reentrant).pow(2).sum() for x in batches]
+    sum(losses).backward()
+    assert layer.num_batches_tracked == 100
+
+
+def test_threads_that_checkpoint_one_layer(device):
+    """What one thread had tracked was undone by another's repetition."""
+    layer = _layer(device)
+
+    def work(seed):
+        generator = torch.Generator(device).manual_seed(seed)
+        for _ in range(40):
+            x = torch.randn(4, 3, 8, 8, device=device, generator=generator).requires_grad_()
+            checkpoint(layer, x, use_reentrant=False).sum().backward()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
+    assert layer.num_batches_tracked == 120
+
+
+@pytest.mark.parametrize("policy", list(CheckpointPolicy)[:4], ids=str)
+def test_selective_checkpointing(policy, device):
+    """Its dispatch mode met a clone in the backward that it had not seen in the forward."""
+    once, layer = _layer(device), _layer(device)
+    x = torch.randn(4, 3, 2, 2, device=device, requires_grad=True)
+    contexts = partial(
+        create_selective_checkpoint_contexts,
+        lambda context, op, *args, **kwargs: (
+            policy if op is torch.ops.aten.tanh.default else CheckpointPolicy.PREFER_RECOMPUTE
+        ),
+    )
+    block = nn.Sequential(nn.Tanh(), layer, nn.Tanh())
+    checkpoint(block, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    once(x.tanh())
+    _assert_state(layer, _state(once))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_repeated_forward_with_a_counter_of_another_dtype(momentum, use_reentrant, device):
+    """The counter was raised twice, as averaging of models leaves it: in float32."""
+    once, layer = _layer(device, momentum=momentum), _layer(device, momentum=momentum)
+    for module in (once, layer):
+        module.num_batches_tracked = module.num_batches_tracked.float()
+    block = nn.Sequential(layer, nn.Tanh())
+    for _ in range(2):
+        x = torch.randn(4, 3, 2, 2, device=device, requires_grad=True)
+        checkpoint(block, x, use_reentrant=use_reentrant).sum().backward()
+        once(x)
+    assert layer.num_batches_tracked == 2
+    _assert_state(layer, _state(once))
+
+
+def test_channels_that_are_alike_have_fingerprints_of_their_own():
+    """A sum of bits modulo 2 is zero for any statistics that come in pairs."""
+    stats = torch.randn(2, 1, dtype=torch.float64).expand(2, 4).contiguous()
+    prints = [
+        _tracking._fingerprint(s).item() for s in (stats, 2 * stats, stats + 1, stats.flip(0))
+    ]
+    assert len(set(prints)) == 4 and 0 not in prints
 
 
 class Revisited(torch.autograd.Function):
@@ -188,10 +262,11 @@ def test_inference_tensors_that_autograd_cannot_save_move_no_statistics(kind, de
 
 
 def test_statistics_of_many_forwards_are_not_kept(device):
-    """8 bytes each of the last 64; once it was the statistics themselves, 64 KB each."""
+    """8 bytes of each; once it was the statistics themselves, 64 KB each."""
     layer = batchnorm_ext.BatchNorm1d(4096).to(device)
     with torch.no_grad():
         for _ in range(100):
             layer(torch.randn(2, 4096, device=device))
-    kept = _tracking._tracked[layer.running_mean]
-    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 64 * 8
+    history = _tracking._histories[layer.running_mean]
+    assert history.count == 100
+    assert history.fingerprints.untyped_storage().nbytes() == 128 * 8

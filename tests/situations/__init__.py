@@ -20,6 +20,7 @@ from situations import (  # noqa: F401
     options,
     parameters,
     saved,
+    shadowed,
     subclasses,
     sync,
     tools,
