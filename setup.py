@@ -99,8 +99,7 @@ def check_compiler() -> None:
 
     if error := error_of("#include <compare>\nstatic_assert(__cplusplus >= 202002L);\n"):
         raise SystemExit(
-            f"batchnorm_ext needs a C++20 compiler (GCC 11, Clang 13 or newer), and `{name}` is "
-            f"none: {error}"
+            f"batchnorm_ext needs a C++20 compiler, such as GCC 11, and `{name}` is none: {error}"
         )
     if error := error_of("#include <Python.h>\n"):
         version = platform.python_version()
