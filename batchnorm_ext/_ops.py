@@ -26,8 +26,8 @@ from torch.utils._device import DeviceContext
 logger = logging.getLogger("batchnorm_ext")
 
 _REBUILD = (
-    "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source "
-    "directory"
+    "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in its "
+    "source directory"
 )
 
 
@@ -42,9 +42,8 @@ def _load() -> tuple[str, list[tuple[int, int, bool]]]:
     except ImportError:
         raise ImportError(_not_built()) from None
     if importlib.util.find_spec("batchnorm_ext._C") is None:
-        raise ImportError(
-            f"batchnorm_ext was built for another Python than {platform.python_version()}: {_REBUILD}"
-        )
+        version = platform.python_version()
+        raise ImportError(f"batchnorm_ext was built for another Python than {version}: {_REBUILD}")
     built, found = (".".join(v.split(".")[:2]) for v in (_build.TORCH, torch.__version__))
     if built != found:
         raise ImportError(

@@ -13,9 +13,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # Odd sizes reach the ends of vectors, the larger ones are shared by threads.
 _SIZES = [(33, 17), (256, 64), (3, 17, 13, 9), (8, 64, 28, 28), (2, 16, 3, 8, 7)]
 
-# The largest error, relative to the largest value. A kernel that leaves out or repeats an element is
-# off by more; the bounds proper, with their reasons, are those of the tests.
-_ROUNDINGS = {torch.float64: 32, torch.float32: 32, torch.float16: 1, torch.bfloat16: 1}
+# The largest error, relative to the largest value. It is far from what an element left out would
+# cause, which is all that is to be found here; the tests have bounds for each quantity.
+_ROUNDINGS = {torch.float64: 64, torch.float32: 64, torch.float16: 1, torch.bfloat16: 1}
 _BOUNDS = {dtype: count * torch.finfo(dtype).eps for dtype, count in _ROUNDINGS.items()}
 
 
