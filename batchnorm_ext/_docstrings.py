@@ -38,8 +38,8 @@ Dtypes:
     dtype of the input. Other dtypes, layouts and devices are computed by PyTorch's own function.
 
 Raises:
-    ValueError: an input of another number of dimensions; one value per channel in training; eps out
-        of range.
+    ValueError: an input of another number of dimensions; in training, one value per channel, or an
+        ``eps`` that is not positive.
     RuntimeError: an input with another number of channels, or on another device; parameters or
         running statistics of a dtype that does not fit the input; running statistics that share
         memory with each other.

@@ -120,10 +120,16 @@ def test_libraries_are_stripped(debug, monkeypatch):
     assert all(("-Wl,-s" in module.extra_link_args) is not debug for module in modules)
 
 
-def test_readme_for_an_index_has_no_relative_links(setup):
-    text = setup["index_readme"]()
-    assert not re.search(r"\]\((?!https?:)", text)
-    assert text.startswith("# batchnorm_ext\n")
+def test_readme_for_an_index_has_no_relative_links(setup, monkeypatch, tmp_path):
+    """An index has neither the pictures nor the pages."""
+    page = (
+        "Text.\n\n![A picture](docs/a.png)\n\n"
+        "See [the page](docs/a.md) and [PyPI](https://pypi.org).\n"
+    )
+    (tmp_path / "README.md").write_text(page)
+    monkeypatch.setitem(setup["index_readme"].__globals__, "ROOT", tmp_path)
+    expected = "Text.\n\nSee the page and [PyPI](https://pypi.org).\n"
+    assert setup["index_readme"]() == expected
 
 
 # What the import says
