@@ -59,7 +59,7 @@ KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 # Symbols that only debuggers and profilers read.
 STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
 
-# Compute capabilities, one of every generation since Ampere.
+# The compute capabilities since Ampere that get code of their own.
 ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
@@ -93,7 +93,8 @@ def check_compiler() -> None:
     def error_of(code: str) -> str | None:
         include = f"-I{sysconfig.get_path('include')}"
         probe = [*command, "-std=c++20", include, "-fsyntax-only", "-x", "c++", "-"]
-        done = subprocess.run(probe, input=code, capture_output=True, text=True)
+        english = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(probe, input=code, capture_output=True, text=True, env=english)
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         return None if done.returncode == 0 else (lines or [f"exit code {done.returncode}"])[0]
 
