@@ -84,8 +84,12 @@ $(INSTALLED): | $(VENV)/.pip
 	$(PIP) --quiet --group build
 	@rm -f $(VENV)/.torch-* && touch $@
 
+$(VENV)/.demo: examples/requirements.txt | $(VENV)/.pip
+	$(PIP) --quiet --requirement $<
+	@touch $@
+
 # The dependency group of that name in pyproject.toml.
-$(addprefix $(VENV)/.,demo test bench lint): $(VENV)/.%: pyproject.toml | $(VENV)/.pip
+$(addprefix $(VENV)/.,test bench lint): $(VENV)/.%: pyproject.toml | $(VENV)/.pip
 	$(PIP) --quiet --group $*
 	@touch $@
 

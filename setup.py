@@ -1,26 +1,41 @@
 """Extension modules; everything else about the package is in pyproject.toml.
 
 Environment:
-  DEBUG=1                     no optimisation, debug symbols
+  CXX                         the C++ compiler, by default c++
+  DEBUG=1                     no optimization, debug symbols
   BATCHNORM_EXT_CUDA=0|1      leave the CUDA kernels out / insist on them; by default they are built
                               where both nvcc and a CUDA build of torch are found
-  TORCH_CUDA_ARCH_LIST        architectures to build the CUDA kernels for
+  TORCH_CUDA_ARCH_LIST        architectures to build the CUDA kernels for; by default those of the
+                              GPUs that are visible, or all if there are none
 """
 
 import os
 import platform
+import re
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
+INSTALL = (
+    '`pip install "torch>=2.11" "setuptools>=77" ninja` first, then '
+    "`pip install --no-build-isolation .`"
+)
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"batchnorm_ext needs setuptools >= 77 and found {setuptools.__version__}: run {INSTALL}"
+    )
 try:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     raise SystemExit(
-        "batchnorm_ext builds against the torch that is installed, and none can be imported here: "
-        "install torch >= 2.11 and ninja first, then run `pip install --no-build-isolation .`"
+        "batchnorm_ext is compiled for the installed torch, and none can be imported here (build "
+        f"isolation hides it): run {INSTALL}"
     ) from error
 
 ROOT = Path(__file__).parent
@@ -41,8 +56,11 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # A thread may have a stack of 128 KB (musl, OMP_STACKSIZE), most of it for its other callers.
 KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 
-# Every architecture since Ampere; PTX of the last lets later ones compile it themselves.
-ARCHITECTURES = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0 10.0 12.0+PTX")
+# Symbols that only debuggers and profilers read.
+STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
+
+# The compute capabilities since Ampere that get code of their own.
+ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
 
@@ -62,6 +80,36 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+def check_compiler() -> None:
+    """Exit with one sentence if the compiler, its C++20 or Python's headers are missing."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    name = " ".join(command)
+    if not command or shutil.which(command[0]) is None:
+        raise SystemExit(
+            f"batchnorm_ext needs a C++20 compiler, and there is no `{name}`: install one (Debian, "
+            "Ubuntu: apt install g++) or name one in the environment variable CXX"
+        )
+
+    def error_of(code: str) -> str | None:
+        include = f"-I{sysconfig.get_path('include')}"
+        probe = [*command, "-std=c++20", include, "-fsyntax-only", "-x", "c++", "-"]
+        english = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(probe, input=code, capture_output=True, text=True, env=english)
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        return None if done.returncode == 0 else (lines or [f"exit code {done.returncode}"])[0]
+
+    if error := error_of("#include <compare>\nstatic_assert(__cplusplus >= 202002L);\n"):
+        raise SystemExit(
+            f"batchnorm_ext needs a C++20 compiler, such as GCC 11, and `{name}` is none: {error}"
+        )
+    if error := error_of("#include <Python.h>\n"):
+        version = platform.python_version()
+        raise SystemExit(
+            f"batchnorm_ext needs the C headers of Python {version} (Debian, Ubuntu: apt install "
+            f"python3-dev): {error}"
+        )
+
+
 def with_cuda() -> bool:
     asked = os.environ.get("BATCHNORM_EXT_CUDA", "")
     possible = torch.version.cuda is not None and CUDA_HOME is not None
@@ -73,16 +121,52 @@ def with_cuda() -> bool:
     return possible and asked != "0" and bool(sources("csrc/cuda/*.cu"))
 
 
+def architectures() -> str:
+    """What to compile the CUDA kernels for, in the notation of TORCH_CUDA_ARCH_LIST."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked not in ("", "native"):
+        if not re.fullmatch(r"(\d+\.\d+[a-z]?(\+PTX)?[ ;]*)+", asked):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must list numbers, as in '8.0 9.0+PTX', and is '{asked}'"
+            )
+        return asked
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = sorted({torch.cuda.get_device_capability(index) for index in range(count)})
+    if for_gpus := [covering(gpu) for gpu in gpus if gpu >= ARCHITECTURES[0]]:
+        return " ".join(dict.fromkeys(for_gpus))
+    return " ".join(map(covering, ARCHITECTURES)) + "+PTX"
+
+
+def covering(gpu: tuple[int, int]) -> str:
+    """The architecture that a GPU runs the code of, or, without its generation, compiles itself."""
+    major, minor = max(known for known in ARCHITECTURES if known <= gpu)
+    return f"{major}.{minor}" + ("" if major == gpu[0] else "+PTX")
+
+
+def index_readme() -> str:
+    """The README for a package index, where relative links and pictures lead nowhere."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 def extensions() -> list:
     flags = [*FLAGS, *WARNINGS]
-    modules = [CppExtension(f"{PACKAGE}._C", sources("csrc/*.cpp"), extra_compile_args=flags)]
+    modules = [
+        CppExtension(
+            f"{PACKAGE}._C",
+            sources("csrc/*.cpp"),
+            extra_compile_args=flags,
+            extra_link_args=STRIP,
+        )
+    ]
     for name, isa in INSTRUCTION_SETS.items():
         modules.append(
             CppExtension(
                 f"{PACKAGE}._cpu_{name}",
                 sources("csrc/cpu/*.cpp"),
                 extra_compile_args=[*flags, *KERNELS, f"-DCPU_CAPABILITY={name.upper()}", *isa],
-                extra_link_args=OPENMP,
+                extra_link_args=[*OPENMP, *STRIP],
             )
         )
     if with_cuda():
@@ -91,6 +175,7 @@ def extensions() -> list:
                 f"{PACKAGE}._cuda",
                 [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
                 extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
+                extra_link_args=STRIP,
             )
         )
     return modules
@@ -107,15 +192,30 @@ class Build(BuildExtension):
         self.build_temp = build_temp
 
     def run(self):
+        check_compiler()
+        built_for = cuda = None
+        if with_cuda():
+            cuda = torch.version.cuda
+            os.environ["TORCH_CUDA_ARCH_LIST"] = built_for = architectures()
+        kernels = (
+            f"for architectures {built_for} (TORCH_CUDA_ARCH_LIST names others)"
+            if cuda
+            else f"none (CUDA of torch: {torch.version.cuda}, CUDA_HOME: {CUDA_HOME})"
+        )
+        print(f"{PACKAGE}: for torch {torch.__version__}, CUDA kernels {kernels}")
         super().run()
-        cuda = torch.version.cuda if with_cuda() else None
         path = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent / "_build.py"
         path.write_text(
             '"""Written by setup.py."""\n\n'
             f"TORCH = {str(torch.__version__)!r}\n"
             f"CUDA = {cuda!r}\n"
-            f"CUDA_ARCHITECTURES = {ARCHITECTURES if cuda else None!r}\n"
+            f"CUDA_ARCHITECTURES = {built_for!r}\n"
         )
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setuptools.setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+    long_description=index_readme(),
+    long_description_content_type="text/markdown",
+)

@@ -6,7 +6,7 @@
 ``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes,
 ``functional.batch_norm`` for the function. ``convert_sync_batchnorm`` makes layers normalize over
 all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions, ``show_config`` tells how the
-library was built.
+library was built. ``python -m batchnorm_ext`` prints what a bug report needs, and tests the build.
 """
 
 from batchnorm_ext import functional

@@ -4,7 +4,10 @@ import functools
 import importlib.util
 import logging
 import os
+import platform
 import re
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,11 @@ from torch.utils._device import DeviceContext
 
 logger = logging.getLogger("batchnorm_ext")
 
+_REBUILD = (
+    "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in its "
+    "source directory"
+)
+
 
 def _load() -> tuple[str, str, list[tuple[int, int, bool]]]:
     """Load the operators and the kernels for this machine.
@@ -32,16 +40,15 @@ def _load() -> tuple[str, str, list[tuple[int, int, bool]]]:
     try:
         from batchnorm_ext import _build
     except ImportError:
-        raise ImportError(
-            "batchnorm_ext is not built: run `pip install --no-build-isolation .` in its source "
-            "directory"
-        ) from None
+        raise ImportError(_not_built()) from None
+    if importlib.util.find_spec("batchnorm_ext._C") is None:
+        version = platform.python_version()
+        raise ImportError(f"batchnorm_ext was built for another Python than {version}: {_REBUILD}")
     built, found = (".".join(v.split(".")[:2]) for v in (_build.TORCH, torch.__version__))
     if built != found:
         raise ImportError(
             f"batchnorm_ext was built for torch {built} and cannot be loaded by torch "
-            f"{torch.__version__}: rebuild it with "
-            "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+            f"{torch.__version__}: {_REBUILD}"
         )
     from batchnorm_ext import _C  # importing it registers the schemas
 
@@ -52,6 +59,22 @@ def _load() -> tuple[str, str, list[tuple[int, int, bool]]]:
     built = re.findall(r"(\d+)\.(\d+)\w?(\+PTX)?", _build.CUDA_ARCHITECTURES)
     architectures = [(int(major), int(minor), bool(ptx)) for major, minor, ptx in built]
     return _C.refusal, name, architectures
+
+
+def _not_built() -> str:
+    """What is wrong where this folder holds sources only."""
+    package = Path(__file__).parent
+    for entry in sys.path:
+        other = Path(entry, package.name)
+        if (other / "_build.py").exists() and not other.samefile(package):
+            return (
+                f"{package} is not built and hides the installed {other}: start Python in another "
+                "directory, or build this one with `pip install --no-build-isolation --editable .`"
+            )
+    return (
+        f"{package} is not built: run `pip install --no-build-isolation --editable .` in "
+        f"{package.parent}"
+    )
 
 
 # From the least to the most that a processor may have.
@@ -72,8 +95,7 @@ def _load_for_this_cpu() -> str:
             torch.ops.load_library(spec.origin)
             return name
     raise ImportError(
-        f"batchnorm_ext was built without kernels for this CPU ({capability}): rebuild it with "
-        "`pip install --no-build-isolation --force-reinstall --no-deps .`"
+        f"batchnorm_ext was built without kernels for this CPU ({capability}): {_REBUILD}"
     )
 
 

@@ -37,8 +37,7 @@ def convert(module: Module) -> Module:
         ``module``.
 
     Warns:
-        UserWarning: names the layers that derive from a batch normalization class and were left as
-            they are.
+        UserWarning: names the subclasses of batch normalization that were not converted.
 
     Example::
 
@@ -46,6 +45,7 @@ def convert(module: Module) -> Module:
     """
     return _swap(
         module,
+        "converted",
         lambda layer, kind, name: _OURS.get(kind),
         lambda layer: isinstance(layer, tuple(_OURS)) and not _is_ours(layer),
     )
@@ -68,8 +68,8 @@ def convert_sync_batchnorm(
         ``module``.
 
     Warns:
-        UserWarning: names the layers that derive from a batch normalization class and were left as
-            they are; lazy ones are among them, which have to see an input first.
+        UserWarning: names the subclasses of batch normalization that were not converted, and the
+            lazy layers, which have to see an input first.
 
     Example::
 
@@ -91,7 +91,9 @@ def convert_sync_batchnorm(
         layer._batchnorm_ext_origin = kind, own_group
         return SyncBatchNorm
 
-    return _swap(module, become_sync, lambda layer: not isinstance(layer, SyncBatchNorm))
+    return _swap(
+        module, "converted", become_sync, lambda layer: not isinstance(layer, SyncBatchNorm)
+    )
 
 
 def revert(module: Module) -> Module:
@@ -110,7 +112,7 @@ def revert(module: Module) -> Module:
         ``module``.
 
     Warns:
-        UserWarning: names the subclasses of this library's layers that were left.
+        UserWarning: names the subclasses of this library's layers that were not reverted.
 
     Example::
 
@@ -132,7 +134,7 @@ def revert(module: Module) -> Module:
             delattr(layer, attribute)
         return kind
 
-    return _swap(module, become_native, _is_ours)
+    return _swap(module, "reverted", become_native, _is_ours)
 
 
 def _is_ours(layer: nn.Module) -> bool:
@@ -141,12 +143,14 @@ def _is_ours(layer: nn.Module) -> bool:
 
 def _swap(
     module: Module,
+    done: str,
     become: Callable[[nn.Module, type, str], type | None],
     is_concerned: Callable[[nn.Module], bool],
 ) -> Module:
     """Change classes, and warn of the layers concerned that ``become`` has no class for.
 
-    ``become(layer, its class, its path)`` gives the new class or None.
+    ``become(layer, its class, its path)`` gives the new class or None; ``done`` is what a layer is
+    with a new class, for the warning.
     """
     skipped = []
     for name, layer in module.named_modules():
@@ -160,11 +164,9 @@ def _swap(
             # parametrized properties
             layer.__class__ = type(kind.__name__, (new,), dict(kind.__dict__))
         elif is_concerned(layer):
-            skipped.append(f"{name or 'the module itself'} ({kind.__qualname__})")
+            lazy = isinstance(layer, LazyModuleMixin)
+            reason = "run it once first" if lazy else "a subclass, which may override forward"
+            skipped.append(f"{name or 'the module itself'} ({kind.__qualname__}: {reason})")
     if skipped:
-        warnings.warn(
-            "left as they are, because they are subclasses and may compute something else: "
-            + ", ".join(skipped),
-            stacklevel=3,
-        )
+        warnings.warn(f"not {done}: " + ", ".join(skipped), stacklevel=3)
     return module

@@ -1,0 +1,177 @@
+"""What setup.py and the import say where something is missing, each in one sentence."""
+
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+import batchnorm_ext
+from batchnorm_ext import _ops
+
+pytestmark = pytest.mark.only("cpu", reason="of the installation")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The names that setup.py defines."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+# What is missing
+
+
+def test_build_isolation_hides_torch():
+    """It once fetched another torch and built for that."""
+    without = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py')"
+    command = [sys.executable, "-c", without]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "`pip install --no-build-isolation .`" in done.stderr
+    listed = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert listed[1] == '"setuptools>=77"'
+
+
+def test_old_setuptools(monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match="^batchnorm_ext needs setuptools >= 77 and found 65.5.0"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_no_compiler(setup, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="C[+][+]20 compiler, and there is no `no-such-compiler`"):
+        setup["check_compiler"]()
+
+
+def test_old_compiler(setup, monkeypatch, tmp_path):
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho \"error: unknown option '-std=c++20'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    message = rf"C\+\+20 compiler, such as GCC 11, and `{old}` is none: error: unknown option"
+    with pytest.raises(SystemExit, match=message):
+        setup["check_compiler"]()
+
+
+def test_no_headers_of_python(setup, monkeypatch, tmp_path):
+    setup["check_compiler"]()  # those of this Python are there: the library was built with them
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    message = r"needs the C headers of Python 3.*python3-dev\): .*Python\.h"
+    with pytest.raises(SystemExit, match=message):
+        setup["check_compiler"]()
+
+
+# What is built
+
+
+EVERYTHING = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+
+
+@pytest.mark.parametrize(
+    "visible, expected",
+    [
+        ([], EVERYTHING),
+        ([(9, 0)], "9.0"),
+        ([(9, 0), (8, 0), (9, 0)], "8.0 9.0"),
+        ([(8, 7)], "8.6"),  # runs the code of 8.6
+        ([(11, 0)], "10.0+PTX"),  # of no generation that is known
+        ([(13, 1)], "12.0+PTX"),
+        ([(7, 5), (8, 9)], "8.9"),
+        ([(7, 5)], EVERYTHING),  # no kernels for this one
+    ],
+    ids=str,
+)
+def test_architectures_are_those_of_the_visible_gpus(visible, expected, setup, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(visible))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: visible[index])
+    for unset in ("", "native"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", unset)
+        assert setup["architectures"]() == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    assert setup["architectures"]() == "8.0;9.0a+PTX"
+
+
+def test_architectures_by_name_are_refused(setup, monkeypatch):
+    """The import reads numbers: with names it once found no GPU that the kernels are for."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere Hopper")
+    with pytest.raises(SystemExit, match="numbers, as in '8.0 9.0[+]PTX', and is 'Ampere Hopper'"):
+        setup["architectures"]()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of GNU's linker")
+@pytest.mark.parametrize("debug", [False, True])
+def test_libraries_are_stripped(debug, monkeypatch):
+    modules = []
+    monkeypatch.setenv("DEBUG", str(int(debug)))
+    monkeypatch.setattr(setuptools, "setup", lambda **named: modules.extend(named["ext_modules"]))
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert len(modules) >= 2
+    assert all(("-Wl,-s" in module.extra_link_args) is not debug for module in modules)
+
+
+def test_readme_for_an_index_has_no_relative_links(setup, monkeypatch, tmp_path):
+    """An index has neither the pictures nor the pages."""
+    page = (
+        "Text.\n\n![A picture](docs/a.png)\n\n"
+        "See [the page](docs/a.md) and [PyPI](https://pypi.org).\n"
+    )
+    (tmp_path / "README.md").write_text(page)
+    monkeypatch.setitem(setup["index_readme"].__globals__, "ROOT", tmp_path)
+    expected = "Text.\n\nSee the page and [PyPI](https://pypi.org).\n"
+    assert setup["index_readme"]() == expected
+
+
+# What the import says
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """Makes the import find a folder of sources without a build."""
+    folder = tmp_path / "source" / "batchnorm_ext"
+    folder.mkdir(parents=True)
+    monkeypatch.delattr(batchnorm_ext, "_build", raising=False)
+    monkeypatch.setitem(sys.modules, "batchnorm_ext._build", None)
+    monkeypatch.setattr(_ops, "__file__", str(folder / "_ops.py"))
+    monkeypatch.setattr(sys, "path", [str(folder.parent)])
+    return folder
+
+
+def test_source_folder_hides_the_installed_package(sources, monkeypatch, tmp_path):
+    """After an installation, Python in the source folder was told to install once more."""
+    installed = tmp_path / "site-packages" / "batchnorm_ext"
+    installed.mkdir(parents=True)
+    (installed / "_build.py").touch()
+    monkeypatch.setattr(sys, "path", [str(sources.parent), str(installed.parent)])
+    message = re.escape(f"{sources} is not built and hides the installed {installed}: start Python")
+    with pytest.raises(ImportError, match=f"^{message} in another directory, or build this one"):
+        _ops._load()
+
+
+def test_nothing_is_built(sources):
+    message = re.escape(f"{sources} is not built: run `pip install --no-build-isolation --editable")
+    with pytest.raises(ImportError, match=f"^{message}"):
+        _ops._load()
+
+
+def test_built_for_another_python(monkeypatch):
+    """The import once ended at a circular import."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="built for another Python than 3.*: rebuild it with"):
+        _ops._load()
+
+
+def test_built_for_another_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "1.0.0")
+    with pytest.raises(ImportError, match="cannot be loaded by torch 1.0.0: rebuild it with `pip"):
+        _ops._load()

@@ -1,0 +1,66 @@
+"""python -m batchnorm_ext: the report and the self-test."""
+
+import pytest
+import torch.nn.functional as F
+
+from batchnorm_ext import __main__, _selftest, modules
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The self-test on the smallest of its sizes, on the CPU."""
+    monkeypatch.setattr(_selftest, "_SIZES", [(33, 17), (3, 17, 13, 9)])
+    monkeypatch.setattr(__main__, "_gpus", lambda: range(0))
+
+
+def test_self_test_passes(device):
+    # 5 sizes, 3 of them in two memory formats; 4 dtypes; training and evaluation
+    cases = list(_selftest.cases(device))
+    assert len(cases) == 64 and not [text for text in map(_selftest.failure, cases) if text]
+
+
+def test_report_and_verdict(small, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert __main__.main() == 0
+    out = capsys.readouterr().out
+    for name in ("built for torch", "Python:", "numpy:", "CPU:", "allocator:", "OMP_WAIT_POLICY="):
+        assert name in out
+    assert "self-test passed, 24 cases on cpu" in out
+
+
+@pytest.mark.parametrize("name, factor", [("y", 1 + 2e-5), ("dx", 1 - 2e-5)])
+def test_wrong_results_fail_the_self_test(name, factor, small, capsys, monkeypatch):
+    normalize = modules.normalize
+
+    def wrong(x, *arguments):
+        if name == "dx":
+            x = x + 0
+            x.register_hook(lambda dx: dx * factor)
+        y = normalize(x, *arguments)
+        return y * factor if name == "y" else y
+
+    monkeypatch.setattr(modules, "normalize", wrong)
+    assert __main__.main() == 1
+    out = capsys.readouterr().out
+    case = "3x17x13x9 float32 channels_last, training, on cpu"
+    assert f"FAILED {case}: {name} is off by 2.0e-05" in out
+    # an ulp of the half precisions is more than that
+    assert "self-test FAILED in 12 of 24 cases on cpu" in out and "float16" not in out
+
+
+def test_native_computation_fails_the_self_test(small, capsys, monkeypatch):
+    monkeypatch.setattr(F, "batch_norm", lambda *arguments: None)
+    assert not __main__.self_test()
+    assert "the kernels do not take it: batch_norm of torch has been replaced" in (
+        capsys.readouterr().out
+    )
+
+
+def test_error_fails_the_self_test(small, capsys, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(modules, "normalize", fail)
+    assert not __main__.self_test()
+    out = capsys.readouterr().out
+    assert "33x17 float64 contiguous_format, training, on cpu: RuntimeError: no memory" in out
