@@ -3,7 +3,7 @@
 import pytest
 import torch.nn.functional as F
 
-from batchnorm_ext import __main__, _selftest, modules
+from batchnorm_ext import __main__, _layer, _selftest
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_report_and_verdict(small, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name, factor", [("y", 1 + 2e-5), ("dx", 1 - 2e-5)])
 def test_wrong_results_fail_the_self_test(name, factor, small, capsys, monkeypatch):
-    normalize = modules.normalize
+    normalize = _layer.normalize
 
     def wrong(x, *arguments):
         if name == "dx":
@@ -39,7 +39,7 @@ def test_wrong_results_fail_the_self_test(name, factor, small, capsys, monkeypat
         y = normalize(x, *arguments)
         return y * factor if name == "y" else y
 
-    monkeypatch.setattr(modules, "normalize", wrong)
+    monkeypatch.setattr(_layer, "normalize", wrong)
     assert __main__.main() == 1
     out = capsys.readouterr().out
     case = "3x17x13x9 float32 channels_last, training, on cpu"
@@ -60,7 +60,7 @@ def test_error_fails_the_self_test(small, capsys, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(modules, "normalize", fail)
+    monkeypatch.setattr(_layer, "normalize", fail)
     assert not __main__.self_test()
     out = capsys.readouterr().out
     assert "33x17 float64 contiguous_format, training, on cpu: RuntimeError: no memory" in out
