@@ -9,15 +9,6 @@
 
 namespace batchnorm_ext::cpu {
 
-inline double sum_of_lanes(const Vec<double>& v) {
-  constexpr int64_t width = Vec<double>::size();
-  alignas(64) double lanes[width];
-  v.store(lanes);
-  for (int64_t half = width / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
-}
-
 inline double sum_of(const double* p, int64_t n) {
   constexpr int64_t width = Vec<double>::size();
   Vec<double> even(0), odd(0);

@@ -1,5 +1,5 @@
-// Row pattern: long contiguous runs of one channel (NCHW). A block is one channel; its lanes all belong to it and are
-// folded at the end of each chunk.
+// Row pattern: long contiguous runs of one channel (NCHW). The lanes all belong to one channel and are folded at the
+// end of each chunk. A block is one channel, or several that have few elements each: they are finished together.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,11 @@ template <typename T>
 class Row {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
-  static constexpr int64_t kChunk = 16384;  // elements reduced before the lanes are folded
-  static constexpr int64_t kShortRun = 4;   // blocks
+  static constexpr int64_t kPart = Vec<T>::size();  // elements of the smallest load
+  static constexpr int64_t kChunk = 16384;          // elements reduced before the lanes are folded
+  static constexpr int64_t kShortRun = 4;           // blocks of lanes
+  static constexpr int64_t kGroup = 4096;           // elements of the channels of a block,
+  static constexpr int64_t kMostChannels = 64;
 
  public:
   // Chunks have `most_runs` runs at most.
@@ -25,13 +28,14 @@ class Row {
     piece = (g.inner / pieces + L) / L * L;
     pieces = (g.inner + piece - 1) / piece;
     runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
+    channels = chunks() == 1 ? std::clamp<int64_t>(kGroup / std::max<int64_t>(1, g.count()), 1, kMostChannels) : 1;
   }
 
   const Geometry& geometry() const { return g; }
-  int64_t blocks() const { return g.stats; }
+  int64_t blocks() const { return (g.stats + channels - 1) / channels; }
   int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
-  int64_t first(int64_t block) const { return block; }
-  int64_t width(int64_t) const { return 1; }
+  int64_t first(int64_t block) const { return block * channels; }
+  int64_t width(int64_t block) const { return std::min(channels, g.stats - first(block)); }
 
   double count(int64_t chunk) const {
     const Span s = span(0, chunk);
@@ -39,7 +43,38 @@ class Row {
   }
 
   void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2, Scratch&) const {
-    const Span s = span(block, chunk);
+    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c) channel_moments(x, c, chunk, mean + i, m2 + i);
+  }
+
+  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
+                 Scratch&) const {
+    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c)
+      channel_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
+  }
+
+  // out = op(coefficients of the channel, in...) over one chunk.
+  template <bool kStream, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch&, T* out,
+           const In*... in) const {
+    for (int64_t c = first(block); c < first(block) + width(block); ++c) {
+      const Span s = span(c, chunk);
+      Vec<A> channel[Op::kCoefficients];
+      for (int i = 0; i < Op::kCoefficients; ++i) channel[i] = Vec<A>(coefficients[i][c]);
+      const auto f = [&](int64_t, const auto&... v) { return op(channel, v...); };
+      int64_t at = s.offset;
+      for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
+    }
+    if constexpr (kStream) stream_fence();
+  }
+
+ private:
+  // A chunk: `runs` runs of `length` elements, stride() apart. Either many short runs or one piece of a long run.
+  struct Span {
+    int64_t offset, runs, length;
+  };
+
+  void channel_moments(const T* x, int64_t channel, int64_t chunk, double* mean, double* m2) const {
+    const Span s = span(channel, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
     const T* const first = x + s.offset;
@@ -53,15 +88,16 @@ class Row {
     sets.results(1, 1, mean, m2);
   }
 
-  void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
-                 Scratch&) const {
-    const Span s = span(block, chunk);
+  void channel_grad_sums(const T* dy, const T* x, A mean, int64_t channel, int64_t chunk, double* sum,
+                         double* dot) const {
+    const Span s = span(channel, chunk);
+    if ((s.length + kPart - 1) / kPart * s.runs <= kTile) return few_grad_sums(dy, x, mean, s, sum, dot);
     const int64_t whole = s.length / L, rest = s.length % L;
     Block<A> centre;
-    std::fill_n(centre.v, kVecs, Vec<A>(mean[block]));
+    std::fill_n(centre.v, kVecs, Vec<A>(mean));
     LaneGradSums<A> body, tail;
-    body.reset(centre);
-    tail.reset(centre);
+    if (whole) body.reset(centre);
+    if (rest) tail.reset(centre);
     const T *const first_dy = dy + s.offset, *const first = x + s.offset;
     for_each_stretch(
         s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first_dy + at, first + at, step, blocks); });
@@ -70,28 +106,38 @@ class Row {
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);
     if (rest) tail.finish(sums + used, dots + used);
-    *sum = sum_of(sums, used + rest);
-    *dot = sum_of(dots, used + rest);
+    *sum = cpu::sum_of(sums, used + rest);
+    *dot = cpu::sum_of(dots, used + rest);
   }
 
-  // out = op(coefficients of the channel, in...) over one chunk.
-  template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch&, T* out,
-           const In*... in) const {
-    const Span s = span(block, chunk);
-    Vec<A> c[Op::kCoefficients];
-    for (int i = 0; i < Op::kCoefficients; ++i) c[i] = Vec<A>(coefficients[i][block]);
-    const auto f = [&](int64_t, const auto&... v) { return op(c, v...); };
+  // In registers: with few elements, most of the time would go into the lanes of the accumulators.
+  void few_grad_sums(const T* dy, const T* x, A mean, const Span& s, double* sum, double* dot) const {
+    constexpr int V = kParts<T>;
+    constexpr int64_t lanes = V * Vec<A>::size();
+    const Vec<A> centre(mean);
+    Vec<A> sums[V], dots[V];
+    for (int q = 0; q < V; ++q) sums[q] = dots[q] = Vec<A>(0);
     int64_t at = s.offset;
-    for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
-    if constexpr (kStream) stream_fence();
+    for (int64_t r = 0; r < s.runs; ++r, at += stride())
+      for (int64_t i = 0; i < s.length; i += kPart) {
+        const Block<A, V> g = load_block<V>(dy + at + i, s.length - i), v = load_block<V>(x + at + i, s.length - i);
+        for (int q = 0; q < V; ++q) {
+          sums[q] = sums[q] + g.v[q];
+          dots[q] = at::vec::fmadd(g.v[q], v.v[q] - centre, dots[q]);
+        }
+      }
+    *sum = sum_of<lanes>(sums);
+    *dot = sum_of<lanes>(dots);
   }
 
- private:
-  // A chunk: `runs` runs of `length` elements, stride() apart. Either many short runs or one piece of a long run.
-  struct Span {
-    int64_t offset, runs, length;
-  };
+  template <int64_t kCount>
+  static double sum_of(const Vec<A>* partial) {
+    alignas(64) A values[kCount];
+    for (int64_t l = 0; l < kCount; l += Vec<A>::size()) partial[l / Vec<A>::size()].store(values + l);
+    double wide[kCount];
+    std::copy_n(values, kCount, wide);
+    return cpu::sum_of(wide, kCount);
+  }
 
   int64_t stride() const { return g.stats * g.inner; }
 
@@ -105,13 +151,14 @@ class Row {
       for (int64_t j = 0; j < whole; ++j) f(j * L, stride(), s.runs);
   }
 
-  Span span(int64_t block, int64_t chunk) const {
+  Span span(int64_t channel, int64_t chunk) const {
     const int64_t run = chunk / pieces * runs, start = chunk % pieces * piece;
-    return {run * stride() + block * g.inner + start, std::min(runs, g.outer - run), std::min(piece, g.inner - start)};
+    return {run * stride() + channel * g.inner + start, std::min(runs, g.outer - run),
+            std::min(piece, g.inner - start)};
   }
 
   Geometry g;
-  int64_t pieces, piece, runs;
+  int64_t pieces, piece, runs, channels;
 };
 
 }  // namespace batchnorm_ext::cpu

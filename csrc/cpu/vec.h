@@ -92,6 +92,27 @@ inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
   }
 }
 
+// Halves are added, then quarters and so on: in registers where the compiler would go through memory.
+inline double sum_of_lanes(const Vec<double>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512d all = v;
+  const __m256d half = _mm256_add_pd(_mm512_castpd512_pd256(all), _mm512_extractf64x4_pd(all, 1));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256d half = v;
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const __m128d quarter = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+  return _mm_cvtsd_f64(quarter) + _mm_cvtsd_f64(_mm_unpackhi_pd(quarter, quarter));
+#else
+  constexpr int64_t width = Vec<double>::size();
+  alignas(64) double lanes[width];
+  v.store(lanes);
+  for (int64_t half = width / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+#endif
+}
+
 // Writes past the caches, for an output that would only push its own input out of them. `p` is aligned to a vector.
 template <typename V>
 inline void stream(const V& value, void* p) {
