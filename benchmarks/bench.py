@@ -1,68 +1,41 @@
-"""Layer benchmark: ours, native, compiled native and a plain copy, interleaved in one process.
+"""Layers: batchnorm_ext, native PyTorch and a clone of the input, interleaved in one process.
 
-    python benchmarks/bench.py --json layers.json --plot layers.png
-    python benchmarks/bench.py --pass forward --dtype fp32 --shapes resnet50 --no-compile
-    python benchmarks/bench.py --mapped --json mapped.json
+    python benchmarks/bench.py --allocator both --runs 3
+    python benchmarks/bench.py --pass forward --dtype fp32 --shapes resnet50
     python benchmarks/bench.py --device cuda --dtype bf16,fp16 --shapes resnet50 --batch 256
-    python benchmarks/bench.py --plan --batch 256
 
-Outputs and gradients are allocated in each call and freed after it, as in training. `--mapped`
-instead keeps freed memory with the process, so that an output costs no page faults: what is left
-is the kernel, to be held against the copy.
+Writes layers-<allocator>.csv, one line per case, with the times of one call in milliseconds.
+Outputs and gradients are allocated in each call and freed after it, as in training; the clone has
+such an output as well. `--runs 3` repeats everything and keeps the median run of each case.
 
-On a GPU, CUDA graphs of many calls are timed, each call on buffers of its own, together more than
-the L2 cache holds: the kernels alone, on data from memory. "native" is what PyTorch chooses there;
-where that is cuDNN, PyTorch's own kernels are timed too, as "aten".
-
-`--plan` measures nothing and needs no GPU: it prints how the CUDA kernels would cut up every case,
-and the memory traffic and the least time that follow.
+On a GPU, CUDA graphs of many calls are timed, each call on buffers of its own, which together
+exceed the L2 cache. "native" is what PyTorch chooses there. Where that is cuDNN, PyTorch's own
+kernels are timed too, as "aten". The file is <name>.csv.
 """
 
 import argparse
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
-from math import prod
-from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
 import batchnorm_ext
+import environment
 import graphs
-from arguments import add_choice
-from cases import (
-    DTYPES,
-    GROUPS,
-    LAYOUTS,
-    USUAL_DTYPES,
-    USUAL_GROUPS,
-    Case,
-    all_cases,
-    to_layout,
-)
-from environment import environment
-from mapped import check_mapped, keep_memory
-from plan import GPUS, KERNELS, Request, plans
-from results import PASSES, Alone, Row, copy_verdicts, gpu_verdicts, layer_verdicts, save, select
-from tables import (
-    case_table,
-    gpu_table,
-    mapped_table,
-    plan_table,
-    plan_totals,
-    summary_table,
-    verdict_table,
-)
-from timing import Call, Timing, interleaved, undisturbed
+import report
+import results
+from arguments import add_choice, make_parser, numbers
+from cases import DTYPES, GROUPS, USUAL_DTYPES, USUAL_GROUPS, Case, chosen_cases, to_layout
+from networks import NETWORKS
+from timing import Call, interleaved, undisturbed
 
-LARGE_BYTES = 32 << 20  # glibc maps blocks of this size afresh at each allocation, by default
-SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 3e-3}  # a GPU is left alone by other processes
+SAMPLE_SECONDS = 5e-3
 
 
 def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> Call:
@@ -82,7 +55,7 @@ def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> Call
 
 
 def aten(*arguments) -> torch.Tensor:
-    """PyTorch's own kernels, also where it would choose those of cuDNN."""
+    """PyTorch's own kernels, also where PyTorch would choose cuDNN."""
     with torch.backends.cudnn.flags(enabled=False):
         return F.batch_norm(*arguments)
 
@@ -94,13 +67,8 @@ def is_cudnn(x: torch.Tensor, module: nn.Module) -> bool:
     return chosen == torch._C._BatchNormBackend.Cudnn
 
 
-def copy_call(x: torch.Tensor) -> Call:
-    data, output = x.detach(), x.detach().clone()
-    return lambda: output.copy_(data)
-
-
 def contestants(what: str, sets: list[tuple], compiled: bool) -> dict[str, list[Call]]:
-    """Provider -> a call for each of the sets of (x, dy)."""
+    """Name -> a call for each of the sets of (x, dy)."""
     x = sets[0][0]
     name = f"BatchNorm{max(x.dim() - 2, 1)}d"
     native, ours = (
@@ -112,35 +80,21 @@ def contestants(what: str, sets: list[tuple], compiled: bool) -> dict[str, list[
     }
     if x.is_cuda and what != "module" and is_cudnn(x, native):
         functions["aten"] = aten, native
-    # Compiled native runs where a user compiles: whole steps and eval. Only on a GPU are the halves
-    # of a step apart from what calls them.
-    if compiled and (x.is_cuda or what in ("eval", "module")):
+    if compiled:
         # A cache of earlier shapes would end in a recompile limit or in dynamic shapes.
         torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False  # the backward runs again and again
-        options = {"fullgraph": True, "dynamic": False}
-        module = torch.compile(native, **options)
-        functions["compile"] = torch.compile(F.batch_norm, **options), module
+        compile = partial(torch.compile, fullgraph=True, dynamic=False)
+        functions["compiled"] = compile(F.batch_norm), compile(native)
     calls = {
-        provider: [make_call(what, function, module, *tensors) for tensors in sets]
-        for provider, (function, module) in functions.items()
+        contestant: [make_call(what, function, module, *tensors) for tensors in sets]
+        for contestant, (function, module) in functions.items()
     }
-    return calls | {"copy": [copy_call(x) for x, _ in sets]}
-
-
-def time_on_cpu(calls: dict[str, list[Call]], rounds: int) -> Timing:
-    single = {provider: each[0] for provider, each in calls.items()}
-    return undisturbed(partial(interleaved, single, rounds, SAMPLE_SECONDS["cpu"]))
-
-
-def time_on_gpu(calls: dict[str, list[Call]], rounds: int) -> Timing:
-    replays = {provider: graphs.capture(each) for provider, each in calls.items()}
-    timing = interleaved(replays, rounds, SAMPLE_SECONDS["cuda"], sample=graphs.sample)
-    return Timing({p: seconds / len(calls[p]) for p, seconds in timing.seconds.items()}, 0.0)
+    return calls | {"copy": [x.detach().clone for x, _ in sets]}
 
 
 def make_sets(case: Case, dtype: str, layout: str, device: str) -> list[tuple]:
-    """Input and gradient, on a GPU as often as it takes for them not to be in its L2 cache."""
+    """Input and gradient; on a GPU as many copies as it takes to exceed the L2 cache."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn() -> torch.Tensor:
@@ -148,148 +102,78 @@ def make_sets(case: Case, dtype: str, layout: str, device: str) -> list[tuple]:
         return to_layout(values.to(DTYPES[dtype]), layout)
 
     x, dy = randn().requires_grad_(), randn()
-    sets = [(x, dy)]
-    if device == "cuda":  # all of the same values: random numbers take longer than the measurement
-        more = graphs.working_sets(2 * x.nbytes) - 1
-        sets += [(x.detach().clone().requires_grad_(), dy.clone()) for _ in range(more)]
-    return sets
+    more = graphs.working_sets(2 * x.nbytes) - 1 if device == "cuda" else 0
+    return [(x, dy), *((x.detach().clone().requires_grad_(), dy.clone()) for _ in range(more))]
 
 
-def measure(case: Case, dtype: str, layout: str, passes: list[str], args) -> list[Row]:
+def measure(case: Case, dtype: str, layout: str, args) -> list[dict]:
     sets = make_sets(case, dtype, layout, args.device)
-    x = sets[0][0]
+    shape = results.shape_name(case.shape)
+    layers = {name: case.layers.get(name, 0) for name in NETWORKS}
     rows = []
-    for what in passes:
+    for what in args.passes:
         calls = contestants(what, sets, args.compile)
-        timing = (time_on_gpu if x.is_cuda else time_on_cpu)(calls, args.rounds)
-        if args.mapped:
-            check_mapped(calls["ours"][0], x.nbytes)
-        rows.append(Row(case.shape, case.layers, dtype, layout, what, **asdict(timing)))
-    return rows
-
-
-def measure_all(cases: list[Case], args, keep: Callable[[list[Row], str], None]) -> list[Row]:
-    """All rows; `keep` gets them whenever those of a dtype and layout are complete."""
-    rows: list[Row] = []
-    for dtype in args.dtype:
-        for layout in args.layout:
-            todo = [case for case in cases if layout in case.layouts]
-            if args.mapped:
-                todo = [c for c in todo if prod(c.shape) * DTYPES[dtype].itemsize >= LARGE_BYTES]
-            with tqdm(todo, desc=f"{dtype} {layout}", unit="shape", file=sys.stderr) as bar:
-                for case in bar:
-                    bar.set_postfix_str("x".join(map(str, case.shape)))
-                    try:
-                        rows += measure(case, dtype, layout, args.passes, args)
-                    except torch.OutOfMemoryError as error:
-                        bar.write(f"{case.shape} {dtype} {layout} left out: {error}", sys.stderr)
-                        torch.cuda.empty_cache()
-            keep(rows, f"{dtype} {layout}")
+        if args.device == "cuda":
+            timing = graphs.time_graphs(calls, args.rounds)
+        else:
+            single = {name: each[0] for name, each in calls.items()}
+            timing = undisturbed(partial(interleaved, single, args.rounds, SAMPLE_SECONDS))
+        row = {"pass": what, "dtype": dtype, "layout": layout, "shape": shape}
+        rows.append(row | layers | timing.row())
     return rows
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_choice(parser, "--pass", PASSES, dest="passes", metavar="PASS")
+    parser = make_parser(__doc__, rounds=9)
+    add_choice(parser, "--pass", results.PASSES, dest="passes", metavar="PASS")
     add_choice(parser, "--dtype", tuple(DTYPES), default=USUAL_DTYPES)
-    add_choice(parser, "--layout", LAYOUTS)
+    add_choice(parser, "--layout", results.LAYOUTS)
     add_choice(parser, "--shapes", GROUPS, default=USUAL_GROUPS)
-    parser.add_argument("--batch", type=int, default=32, help="of the layers of the networks")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--plan", action="store_true", help="print the launch plans for GPUs, no more"
-    )
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="leave compiled native out"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: every sixth shape, 3 rounds, no compile"
-    )
-    parser.add_argument(
-        "--mapped", action="store_true", help="large ResNet-50 NCHW inputs with the output mapped"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--plot", type=Path, help="write the speed-ups by shape to this picture")
-    args = parser.parse_args()
+    parser.add_argument("--batch", type=numbers, default=[32], help="of the networks' layers")
+    parser.add_argument("--runs", type=int, default=1, help="of which the median is kept")
+    parser.add_argument("--compile", action="store_true", help="measure compiled native as well")
+    parser.add_argument("--name", default="layers", help="of the CSV file")
+    return parser.parse_args()
+
+
+def run(args) -> None:
+    machine = environment.machine(args.device)
+    cases = chosen_cases(args)
     if args.quick:
-        args.rounds, args.compile = 3, False
-    if args.mapped:
-        if args.device != "cpu":
-            parser.error("--mapped is about the memory of a CPU")
-        args.passes, args.layout, args.shapes = ["forward", "backward"], ["nchw"], ["resnet50"]
-        args.compile = False
-    return args
-
-
-def print_plans(cases: list[Case], args, console: Console) -> None:
-    for gpu in GPUS.values():
-        requests = [
-            Request(case.shape, layout, DTYPES[dtype].itemsize, what)
-            for dtype in args.dtype
-            for layout in args.layout
-            for what in args.passes
-            for case in cases
-            if layout in case.layouts and what in KERNELS
-        ]
-        planned = plans(requests, gpu)
-        plan_table(gpu, requests, planned).print(console)
-        plan_totals(gpu, requests, planned).print(console)
+        cases, args.rounds = cases[::12], 3
+    on_gpu = args.device == "cuda"
+    path = args.out / (f"{args.name}.csv" if on_gpu else f"{args.name}-{machine['allocator']}.csv")
+    machine |= {"runs": args.runs, "rounds": args.rounds} | ({"quick": True} if args.quick else {})
+    rows: list[dict] = []
+    for i in range(args.runs):
+        with tqdm(cases, desc=f"run {i + 1} {machine['allocator']}", file=sys.stderr) as bar:
+            for case, dtype, layout in bar:
+                bar.set_postfix_str(f"{results.shape_name(case.shape)} {dtype} {layout}")
+                try:
+                    rows += measure(case, dtype, layout, args)
+                except torch.OutOfMemoryError as error:
+                    bar.write(f"{case.shape} {dtype} {layout} left out: {error}", sys.stderr)
+                    torch.cuda.empty_cache()
+                    continue
+                kept = results.median_run(pd.DataFrame(rows))
+                results.write(path, machine, kept)  # a run that is cut short leaves what it has
+    print(report.layer_report(*results.read(path)))
+    print(path)
 
 
 def main() -> None:
     args = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    cases = [case for case in all_cases(args.batch) if set(case.groups) & set(args.shapes)]
-    if args.quick:
-        cases = cases[::6]
-    if args.plan:
-        print_plans(cases, args, console)
-        return
-    if args.mapped:
-        keep_memory()
+    if args.device == "cpu":
+        environment.use_allocator(args.allocator)
     torch.set_num_threads(args.threads)
-    machine = environment(args.device)
-    console.print("\n".join(f"{key}: {value}" for key, value in machine.items()), highlight=False)
     if args.device == "cuda":
-        gc.freeze()  # what is there stays; the many collections to come need not look at it
-        # Graphs are captured on a stream that is not the default one, where a backward has to run
-        # whose forward ran there.
+        gc.freeze()  # the many collections to come need not look at what is there now
+        # Graphs are captured on a stream that is not the default one. A backward runs on the stream
+        # of its forward.
         with torch.cuda.stream(torch.cuda.Stream()):
-            run(cases, args, machine, console)
+            run(args)
     else:
-        run(cases, args, machine, console)
-
-
-def run(cases: list[Case], args, machine: dict, console: Console) -> None:
-    on_gpu = args.device == "cuda"
-
-    def keep(rows: list[Row], kind: str) -> None:
-        """A long run shows and saves what it has."""
-        if args.mapped:
-            mapped_table(select(rows, kind)).print(console)
-        else:
-            for what in args.passes:
-                case_table(rows, kind, what).print(console)
-        if args.json:
-            settings = {"rounds": args.rounds, "quick": args.quick}
-            name = "gpu layers" if on_gpu else "mapped" if args.mapped else "layers"
-            save(args.json, name, machine, settings, rows)
-
-    rows = measure_all(cases, args, keep)
-    if not args.mapped:
-        (gpu_table if on_gpu else summary_table)(rows).print(console)
-    verdicts = (gpu_verdicts if on_gpu else copy_verdicts if args.mapped else layer_verdicts)(rows)
-    verdict_table([v for v in verdicts if v.value is not None]).print(console)
-    if not on_gpu:
-        console.print(str(Alone.of(rows)), highlight=False)
-    if args.plot:
-        import plot  # matplotlib takes a second to import, and only pictures need it
-
-        (plot.roofline if on_gpu else plot.plot)(rows, machine, args.plot)
+        run(args)
 
 
 if __name__ == "__main__":

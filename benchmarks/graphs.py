@@ -1,4 +1,4 @@
-"""Timing on a GPU: graphs of calls on more memory than its L2 cache holds, between two events."""
+"""Timing on a GPU: CUDA graphs of calls on more memory than the L2 cache holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,21 @@ from math import ceil
 
 import torch
 
-from timing import Call, no_gc
+from timing import Call, Timing, interleaved, no_gc
 
-MOST_SETS = 128  # of the smallest tensors; they are bound by the launches, not by memory
+MOST_SETS = 128  # of the smallest tensors, which are bound by launches and not by memory
+SAMPLE_SECONDS = 3e-3
 
 
 def working_sets(bytes_per_call: int) -> int:
-    """How many sets of buffers to use in turn so that each has left the L2 when it comes again."""
+    """How many sets of buffers to use in turn, so that each has left the L2 when it comes again."""
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return min(1 + ceil(3 * l2 / max(bytes_per_call, 1)), MOST_SETS)
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What the calls read has to stay in memory, and they hold it."""
+    """A graph, and the calls: they keep the memory that the graph reads."""
 
     graph: torch.cuda.CUDAGraph
     calls: Sequence[Call]
@@ -36,7 +37,7 @@ def capture(calls: Sequence[Call]) -> Replay:
     with no_gc():
         graph.capture_begin()
         try:
-            # Held until the end: the output of one call would be the memory of the next.
+            # Kept until the end: otherwise calls would share the memory of one output.
             outputs = [call() for call in calls]
         finally:
             graph.capture_end()
@@ -53,3 +54,10 @@ def sample(call: Call, repetitions: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / repetitions
+
+
+def time_graphs(calls: dict[str, Sequence[Call]], rounds: int) -> Timing:
+    """The time of one call of each contestant, from graphs of all its calls."""
+    replays = {name: capture(each) for name, each in calls.items()}
+    timing = interleaved(replays, rounds, SAMPLE_SECONDS, sample=sample)
+    return Timing({name: s / len(calls[name]) for name, s in timing.seconds.items()}, 0.0)

@@ -80,13 +80,8 @@ def resnet50(classes: int = 1000) -> nn.Module:
 def mobilenetv2(classes: int = 1000) -> nn.Module:
     blocks, c_in = [], 32
     table = [  # expansion, channels, depth, stride
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
+        *[(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)],
+        *[(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)],
     ]
     for expansion, channels, depth, stride in table:
         for i in range(depth):

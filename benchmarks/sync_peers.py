@@ -13,20 +13,16 @@ ops = torch.ops.batchnorm_ext
 MOMENTUM, EPS = 0.1, 1e-5
 
 
-class Synchronized(torch.autograd.Function):
-    """Our local kernels around a peer's messages.
-
-    ``exchange(sums, group)`` and ``exchange_back(sums, group)`` make those of all ranks of the sums
-    of this rank, which they may overwrite.
-    """
+class Native(torch.autograd.Function):
+    """The messages of torch.nn.SyncBatchNorm, which refuses CPU tensors, around our kernels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, group, exchange, exchange_back):
-        sums = exchange(ops.moments(x), group)
+    def forward(ctx, x, weight, bias, running_mean, running_var, group):
+        sums = gather_statistics(ops.moments(x), group)
         state = running_mean, running_var, None
         y, stats = ops.apply_update(x, weight, bias, *state, sums, MOMENTUM, EPS)
         ctx.save_for_backward(x, weight, stats, sums[-1:])
-        ctx.group, ctx.exchange_back = group, exchange_back
+        ctx.group = group
         return y
 
     @staticmethod
@@ -35,41 +31,27 @@ class Synchronized(torch.autograd.Function):
         x, weight, stats, count = ctx.saved_tensors
         local = ops.grad_moments(dy, x, stats)
         dbias, dweight = local.float().chunk(2)
-        dx = ops.grad_apply(dy, x, weight, stats, ctx.exchange_back(local, ctx.group), count)
-        return dx, dweight, dbias, *[None] * 5
+        total = local.float()
+        dist.all_reduce(total, group=ctx.group)
+        dx = ops.grad_apply(dy, x, weight, stats, total.double(), count)
+        return dx, dweight, dbias, None, None, None
 
 
 def gather_statistics(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Forward in torch.nn.SyncBatchNorm, which refuses CPU tensors: all_gather of [mean, invstd,
-    count] in the dtype of the statistics, ranks without elements masked out, then the merge."""
+    """all_gather of [mean, invstd, count] in float32 without empty ranks, then the merge."""
     count = sums[-1:]
     channels = sums.numel() // 4
-    mean, square = sums[:-1].view(2, 2, channels).sum(1) / count
-    invstd = (square - mean.square() + EPS).rsqrt()
-    combined = torch.cat([mean, invstd, count]).float()
+    mean, square = (sums[:-1].view(2, 2, channels).sum(1) / count).unbind()
+    combined = torch.cat([mean, (square - mean.square() + EPS).rsqrt(), count]).float()
     gathered = [torch.empty_like(combined) for _ in range(group.size())]
     dist.all_gather(gathered, combined, group=group)
-    means, invstds, counts = torch.stack(gathered).split([channels, channels, 1], dim=1)
-    mask = counts.squeeze(-1) >= 1
-    means, invstds, counts = means[mask].double(), invstds[mask].double(), counts[mask].double()
-    # merged in the form that the local kernel takes, where each sum has a second part
+    gathered = torch.stack(gathered)
+    gathered = gathered[gathered[:, -1] >= 1].double()
+    means, invstds, counts = gathered.split([channels, channels, 1], dim=1)
+    # merged in the form that the local kernel takes, in which each sum has a second part
     squares = invstds.pow(-2) - EPS + means.square()
     merged = torch.stack([means, squares], 1).mul(counts[:, None]).sum(0)
     return torch.cat([F.pad(merged[:, None], (0, 0, 0, 1)).flatten(), counts.sum(0)])
-
-
-def add_in_float32(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Backward in torch.nn.SyncBatchNorm: one all_reduce of 2 C sums."""
-    total = sums.float()
-    dist.all_reduce(total, group=group)
-    return total.double()
-
-
-def add_each_moment(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The same sums as ours, each moment in a message of its own."""
-    for part in sums.tensor_split([sums.numel() // 2]):
-        dist.all_reduce(part, group=group)
-    return sums
 
 
 class AllReduce(torch.autograd.Function):
@@ -86,11 +68,9 @@ class AllReduce(torch.autograd.Function):
         return AllReduce.forward(ctx, gradient, ctx.group), None
 
 
-def plain_torch(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, group
-) -> Tensor:
-    """Written in PyTorch operators, as detectron2's NaiveSyncBatchNorm is: mean and mean of squares
-    of equal batches, averaged over the ranks by a differentiable all_reduce."""
+def plain(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, group):
+    """PyTorch operators, as in detectron2's NaiveSyncBatchNorm: mean and mean of squares of equal
+    batches, averaged over the ranks by a differentiable all_reduce."""
     dims = [d for d in range(x.dim()) if d != 1]
     means = torch.cat([x.mean(dims), (x * x).mean(dims)])
     mean, square = (AllReduce.apply(means, group) / group.size()).chunk(2)
@@ -103,8 +83,4 @@ def plain_torch(
     return x * scale.view(shape) + shift.view(shape)
 
 
-PEERS = {
-    "native's algorithm": lambda *a: Synchronized.apply(*a, gather_statistics, add_in_float32),
-    "two all-reduces": lambda *a: Synchronized.apply(*a, add_each_moment, add_each_moment),
-    "plain torch": plain_torch,
-}
+PEERS = {"native": Native.apply, "plain": plain}

@@ -1,4 +1,4 @@
-"""Interleaved timing: every contestant meets the same moods of the machine."""
+"""Interleaved timing on a CPU."""
 
 import gc
 import os
@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+from results import DISTURBED
+
 STAT = Path("/proc/stat")
-DISTURBED = 0.1  # above it, a measurement is taken again
 
 Call = Callable[[], object]
 Sample = Callable[[Call, int], float]  # mean seconds of a call, from so many
@@ -19,14 +20,19 @@ Sample = Callable[[Call, int], float]  # mean seconds of a call, from so many
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds per call by contestant, and the part of the processors' time others took.
+    """Median seconds per call, and the share of processor time that other processes used.
 
-    With as many threads as cores, anything else that runs makes each parallel loop wait for a
-    slice of the scheduler: milliseconds, where a small layer takes microseconds.
+    With as many threads as cores, another process makes each parallel loop wait for a time slice:
+    milliseconds, where a small layer takes microseconds.
     """
 
     seconds: dict[str, float]
     disturbance: float
+
+    def row(self) -> dict[str, float]:
+        return {name: 1e3 * s for name, s in self.seconds.items()} | {
+            "disturbance": self.disturbance
+        }
 
 
 @contextmanager
@@ -40,10 +46,10 @@ def no_gc() -> Iterator[None]:
 
 
 def processor_seconds() -> tuple[float, float]:
-    """(all time of all processors, time that others than this process used); zeros if unknown."""
+    """Processor time of the machine, and the part that other processes used; 0 if unknown."""
     if not STAT.exists():
         return 0.0, 0.0
-    # user nice system idle iowait irq softirq steal; what follows is part of user and nice.
+    # user nice system idle iowait irq softirq steal; the fields after them are included in user
     ticks = [int(field) for field in STAT.read_text().splitlines()[0].split()[1:9]]
     hertz = os.sysconf("SC_CLK_TCK")
     own = os.times()
@@ -51,8 +57,13 @@ def processor_seconds() -> tuple[float, float]:
     return sum(ticks) / hertz, busy - own.user - own.system
 
 
+def disturbance(before: tuple[float, float], after: tuple[float, float]) -> float:
+    total, others = (b - a for a, b in zip(before, after, strict=True))
+    return max(others / total, 0.0) if total else 0.0
+
+
 def sample(call: Call, repetitions: int) -> float:
-    """Mean seconds of one call; what it returns is freed before the next, as in training."""
+    """Mean seconds of one call. Its result is freed before the next call, as in training."""
     start = perf_counter()
     for _ in range(repetitions):
         call()
@@ -60,7 +71,7 @@ def sample(call: Call, repetitions: int) -> float:
 
 
 def repetitions_for(call: Call, seconds: float, sample: Sample) -> int:
-    """How many calls fill `seconds`; found by doubling, so that one slow call does not mislead."""
+    """How many calls take `seconds`. Found by doubling, so that one slow call does not mislead."""
     repetitions = 1
     while (elapsed := sample(call, repetitions) * repetitions) < seconds / 2:
         repetitions *= 2
@@ -75,11 +86,11 @@ def interleaved(
     after_sample: Call = lambda: None,
     sample: Sample = sample,
 ) -> Timing:
-    """Times the contestants in turn.
+    """Time the contestants in turn.
 
-    Every round samples each contestant once; the order rotates from round to round, so that nobody
-    always runs on the caches and the heap that the same neighbour left. A sample repeats a short
-    call until it lasts `sample_seconds`.
+    Every round samples each contestant once. The order rotates, so that no contestant always runs
+    on the caches and the heap of the same neighbour. A sample repeats a short call until it lasts
+    `sample_seconds`.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -92,22 +103,18 @@ def interleaved(
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with no_gc():
-        total, others = processor_seconds()
+        before = processor_seconds()
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(sample(calls[name], repetitions[name]))
                 after_sample()
-        total, others = (b - a for a, b in zip((total, others), processor_seconds(), strict=True))
-    seconds = {name: median(times) for name, times in samples.items()}
-    return Timing(seconds, max(others / total, 0.0) if total else 0.0)
+        disturbed = disturbance(before, processor_seconds())
+    return Timing({name: median(times) for name, times in samples.items()}, disturbed)
 
 
 def undisturbed(measure: Callable[[], Timing], attempts: int = 3) -> Timing:
-    """The first measurement disturbed by at most DISTURBED, else the least disturbed one.
-
-    Which one is kept depends on what others did, never on what was measured.
-    """
+    """The first measurement disturbed by at most DISTURBED, else the least disturbed one."""
     timings = []
     for _ in range(attempts):
         timings.append(measure())
