@@ -4,30 +4,24 @@
     python benchmarks/bench_sync.py --ranks 2 --batch 2 --rounds 5
 
 Over the layer shapes of ResNet-50 with a small batch, one core and one thread for each rank of a
-gloo process group. Writes sync.csv, milliseconds of
-
-    ours    this library's SyncBatchNorm
-    native  the algorithm of torch.nn.SyncBatchNorm around our kernels (on CUDA: that layer itself)
-    plain   the layer written in PyTorch operators, as in detectron2
-    local   this library's BatchNorm2d, which does not synchronize
-    free    ours in a process group whose messages arrive at once
-    calls   the two messages of "free" alone
+gloo process group. Writes sync.csv: milliseconds of this library's SyncBatchNorm ("ours"), of the
+messages of torch.nn.SyncBatchNorm around our kernels ("native"; on CUDA that layer itself), of the
+layer in PyTorch operators ("plain"), of our BatchNorm2d ("local"), of ours in a process group whose
+messages arrive at once ("free"), and of those messages alone ("calls").
 """
 
-import argparse
-import multiprocessing
 import os
-import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
-from time import perf_counter
 
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  (the backend)
 from tqdm import tqdm
 
@@ -35,31 +29,74 @@ import batchnorm_ext
 import environment
 import report
 import results
-from arguments import make_parser, numbers
 from cases import layer_shapes
-from sync_peers import PEERS
-from timing import Timing, disturbance, no_gc, processor_seconds
+from timing import interleaved, processor_seconds
 
-WARMUP = 3
+ops = torch.ops.batchnorm_ext
+MOMENTUM, EPS = 0.1, 1e-5
 
 
-def free_calls(group, channels: int, device: str) -> Callable[[], object]:
-    sizes = 4 * channels + 1, 2 * channels
-    sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
+def gather_statistics(sums: Tensor) -> Tensor:
+    """all_gather of [mean, invstd, count] in float32 without empty ranks, then the merge."""
+    count, channels = sums[-1:], sums.numel() // 4
+    mean, square = (sums[:-1].view(2, 2, channels).sum(1) / count).unbind()
+    combined = torch.cat([mean, (square - mean.square() + EPS).rsqrt(), count]).float()
+    gathered = [torch.empty_like(combined) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, combined)
+    gathered = torch.stack(gathered)
+    gathered = gathered[gathered[:, -1] >= 1].double()
+    means, invstds, counts = gathered.split([channels, channels, 1], dim=1)
+    # merged in the form that the local kernel takes, in which each sum has a second part
+    squares = invstds.pow(-2) - EPS + means.square()
+    merged = torch.stack([means, squares], 1).mul(counts[:, None]).sum(0)
+    return torch.cat([F.pad(merged[:, None], (0, 0, 0, 1)).flatten(), counts.sum(0)])
 
-    def run() -> None:
-        for message in sums:
-            group.allreduce(message).wait()
 
-    return run
+class Native(torch.autograd.Function):
+    """The messages of torch.nn.SyncBatchNorm, which refuses CPU tensors, around our kernels."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var):
+        sums = gather_statistics(ops.moments(x))
+        state = running_mean, running_var, None
+        y, stats = ops.apply_update(x, weight, bias, *state, sums, MOMENTUM, EPS)
+        ctx.save_for_backward(x, weight, stats, sums[-1:])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, stats, count = ctx.saved_tensors
+        local = ops.grad_moments(dy, x, stats)
+        dbias, dweight = local.float().chunk(2)
+        total = local.float()
+        dist.all_reduce(total)
+        dx = ops.grad_apply(dy, x, weight, stats, total.double(), count)
+        return dx, dweight, dbias, None, None
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor):
+    """As in detectron2's NaiveSyncBatchNorm: mean and mean of squares of equal batches, averaged
+    over the ranks by a differentiable all_reduce."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    means = torch.cat([x.mean(dims), (x * x).mean(dims)])
+    mean, square = (all_reduce(means) / dist.get_world_size()).chunk(2)
+    variance = square - mean * mean
+    running_mean += MOMENTUM * (mean.detach() - running_mean)
+    running_var += MOMENTUM * (variance.detach() - running_var)
+    scale = weight * torch.rsqrt(variance + EPS)
+    shift = bias - mean * scale
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    return x * scale.view(shape) + shift.view(shape)
 
 
 def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable[[], object]]:
+    torch.set_default_device(device)
     channels = shape[1]
-    x = torch.randn(shape, device=device, requires_grad=True)
-    dy = torch.randn(shape, device=device)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    sums = [torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels)]
 
-    def step(layer: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    def step(layer: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = None
             layer(x).backward(dy)
@@ -68,24 +105,23 @@ def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable
 
         return run
 
-    layers = {
-        "ours": batchnorm_ext.SyncBatchNorm(channels),
-        "local": batchnorm_ext.BatchNorm2d(channels),
-        "free": batchnorm_ext.SyncBatchNorm(channels, process_group=free),
+    def peer(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        weight, bias = (torch.ones(channels, requires_grad=True) for _ in range(2))
+        mean, var = torch.zeros(channels), torch.ones(channels)
+        return lambda x: function(x, weight, bias, mean, var)
+
+    return {
+        "ours": step(batchnorm_ext.SyncBatchNorm(channels)),
+        "native": step(nn.SyncBatchNorm(channels) if device == "cuda" else peer(Native.apply)),
+        "plain": step(peer(plain)),
+        "local": step(batchnorm_ext.BatchNorm2d(channels)),
+        "free": step(batchnorm_ext.SyncBatchNorm(channels, process_group=free)),
+        "calls": lambda: [free.allreduce(message).wait() for message in sums],
     }
-    if device == "cuda":
-        layers["native"] = nn.SyncBatchNorm(channels)
-    calls = {name: step(layer.to(device)) for name, layer in layers.items()}
-    for name in PEERS.keys() - calls.keys():
-        weight, bias = (torch.ones(channels, requires_grad=True, device=device) for _ in range(2))
-        mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
-        operands = weight, bias, mean, var, dist.group.WORLD
-        calls[name] = step(lambda x, peer=PEERS[name], a=operands: peer(x, *a))
-    return calls | {"calls": free_calls(free, channels, device)}
 
 
 def all_processor_seconds() -> tuple[float, float]:
-    """processor_seconds() with the ranks in place of this process."""
+    """processor_seconds() with all ranks in place of this process."""
     total, others = processor_seconds()
     own = os.times()
     used = torch.tensor([own.user + own.system], dtype=torch.float64)
@@ -93,27 +129,8 @@ def all_processor_seconds() -> tuple[float, float]:
     return total, others + own.user + own.system - used.item()
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> Timing:
-    """All ranks start each sample together and in the same order."""
-    for call in calls.values():
-        for _ in range(WARMUP):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = sorted(calls)
-    before = all_processor_seconds()
-    with no_gc():
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                dist.barrier()
-                start = perf_counter()
-                calls[name]()
-                samples[name].append(perf_counter() - start)
-    seconds = {name: median(times) for name, times in samples.items()}
-    return Timing(seconds, disturbance(before, all_processor_seconds()))
-
-
-def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> None:
-    """One rank. The first one sends the rows."""
+def serve(rank: int, ranks: int, directory: str, args: Namespace) -> None:
+    """One rank. The first one writes the rows."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         # Otherwise a rank that was waiting may wake up on the core of another, and stay there.
@@ -121,56 +138,43 @@ def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> 
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
         # Threads of gloo share this core. Without SCHED_BATCH some messages take milliseconds more.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
     free = dist.new_group(backend="fake")
-    for batch in args.batch:
-        shapes = list(layer_shapes("resnet50", batch).items())
-        for shape, count in shapes[:: 6 if args.quick else 1]:
-            torch.manual_seed(rank)
-            timing = timed(contestants(shape, args.device, free), args.rounds)
-            row = {"ranks": ranks, "batch": batch, "shape": results.shape_name(shape)}
-            if rank == 0:
-                pipe.send(row | {"resnet50": count} | timing.row())
+    cases = [(b, *item) for b in args.batch for item in layer_shapes("resnet50", b).items()]
+    rows = []
+    for batch, shape, count in tqdm(cases[:: 6 if args.quick else 1], disable=rank > 0):
+        torch.manual_seed(rank)
+        calls = contestants(shape, args.device, free)
+        # The barrier lets all ranks start a sample together.
+        times = interleaved(
+            calls, args.rounds, after_sample=dist.barrier, clock=all_processor_seconds
+        )
+        row = {"ranks": ranks, "batch": batch, "shape": results.shape_name(shape)}
+        rows.append(row | {"resnet50": count} | times)
+    if rank == 0:
+        pd.DataFrame(rows).to_csv(f"{directory}/rows.csv", index=False)
     dist.barrier()
-    # A thread of gloo that releases a tensor while Python shuts down would abort.
-    os._exit(0)
+    os._exit(0)  # a thread of gloo that releases a tensor while Python shuts down would abort
 
 
-def run(ranks: int, args: argparse.Namespace, bar: tqdm) -> list[dict]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+def run(ranks: int, args: Namespace) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as directory:
-        operands = ranks, str(Path(directory) / "store"), args, theirs
-        processes = [context.Process(target=serve, args=(r, *operands)) for r in range(ranks)]
-        for process in processes:
-            process.start()
-        theirs.close()
-        rows = []
-        try:
-            while True:
-                rows.append(ours.recv())
-                bar.update()
-        except EOFError:  # all ranks are done
-            for process in processes:
-                process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed")
-    return rows
+        torch.multiprocessing.spawn(serve, (ranks, directory, args), nprocs=ranks)
+        return pd.read_csv(f"{directory}/rows.csv")
 
 
 def main() -> None:
-    parser = make_parser(__doc__, rounds=31)
-    parser.add_argument("--ranks", type=numbers, default=[2, 4], help="comma-separated (2,4)")
-    parser.add_argument("--batch", type=numbers, default=[2, 8], help="of each rank (2,8)")
+    parser = environment.make_parser(__doc__, rounds=31)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="of each rank")
+    parser.set_defaults(threads=1)
     args = parser.parse_args()
-    environment.use_allocator(args.allocator)
+    environment.start(args)
     args.rounds = 3 if args.quick else args.rounds
-    machine = environment.machine(args.device) | {"threads": 1, "rounds": args.rounds}
-    machine |= {"quick": True} if args.quick else {}
-    with tqdm(unit="layer", file=sys.stderr) as bar:
-        rows = [row for ranks in args.ranks for row in run(ranks, args, bar)]
-    results.write(args.out / "sync.csv", machine, pd.DataFrame(rows))
-    print(report.sync_table(pd.DataFrame(rows)))
+    path, machine = args.out / "sync.csv", environment.machine(args)
+    rows = pd.concat([run(ranks, args) for ranks in args.ranks])
+    results.write(path, machine, rows)
+    print(f"{path}\n\n{report.sync_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """The one table of benchmark cases: every BatchNorm layer of two networks, and odd shapes."""
 
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
+from itertools import product
 from math import prod
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from networks import NETWORKS
-from results import LAYOUTS
+from results import LAYOUTS, PASSES, shape_name
 
 GROUPS = (*NETWORKS, "odd", "large")
 USUAL_GROUPS = GROUPS[:-1]  # what a CPU gets through in reasonable time
@@ -25,30 +24,6 @@ ODD = [
 LARGE = (16, 64, 256, 256)
 
 
-@dataclass(frozen=True)
-class Case:
-    """An input shape, and how many layers of each network (or of `large`) have it."""
-
-    shape: tuple[int, ...]
-    layers: dict[str, int] = field(default_factory=dict, hash=False)
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(self.layers) or ("odd",)
-
-    @property
-    def layouts(self) -> tuple[str, ...]:
-        """One layout where both are the same memory: `(N, C)`, and a single position."""
-        return LAYOUTS if prod(self.shape[2:]) > 1 else LAYOUTS[:1]
-
-
-def to_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """x in memory order N, C, *spatial ("nchw") or N, *spatial, C ("nhwc"), at the same shape."""
-    if layout == "nchw":
-        return x.contiguous()
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def layer_shapes(name: str, batch: int = 32, size: int = 224) -> Counter:
     """Input shape of every BatchNorm layer -> number of layers, from a run on the meta device."""
     shapes: Counter = Counter()
@@ -61,24 +36,33 @@ def layer_shapes(name: str, batch: int = 32, size: int = 224) -> Counter:
     return shapes
 
 
-@cache
-def all_cases(batch: int = 32) -> list[Case]:
-    """Every case once: layers in the order of the networks, then odd and large shapes."""
-    layers: dict[tuple[int, ...], dict[str, int]] = {}
+def all_cases(batch: int) -> dict[tuple[int, ...], dict[str, int]]:
+    """Shape -> how many layers of each network have it. Networks first, then odd and large ones."""
+    cases: dict[tuple[int, ...], dict[str, int]] = {}
     for name in NETWORKS:
         for shape, count in layer_shapes(name, batch).items():
-            layers.setdefault(shape, {})[name] = count
-    cases = [Case(shape, counts) for shape, counts in layers.items()]
-    return [*cases, *map(Case, ODD), Case(LARGE, {"large": 1})]
+            cases.setdefault(shape, {})[name] = count
+    return cases | {shape: {"odd": 1} for shape in ODD} | {LARGE: {"large": 1}}
 
 
-def chosen_cases(args) -> list[tuple[Case, str, str]]:
-    """(case, dtype, layout) for the options --batch, --shapes, --dtype and --layout."""
-    return [
-        (case, dtype, layout)
-        for dtype in args.dtype
-        for layout in args.layout
-        for batch in args.batch
-        for case in all_cases(batch)
-        if layout in case.layouts and set(case.groups) & set(args.shapes)
+def add_case_options(parser, passes, dtypes, shapes, batch=32) -> None:
+    add = partial(parser.add_argument, nargs="+")
+    add("--pass", dest="passes", choices=PASSES, default=passes)
+    add("--dtype", choices=DTYPES, default=dtypes)
+    add("--layout", choices=LAYOUTS, default=LAYOUTS)
+    add("--shapes", choices=GROUPS, default=shapes)
+    add("--batch", type=int, default=[batch], help="of the layers of the networks")
+
+
+def chosen_cases(args) -> list[dict]:
+    """The columns of a case in a result file, for these options."""
+    cases = [
+        {"dtype": dtype, "layout": layout, "shape": shape_name(shape)}
+        | {name: layers.get(name, 0) for name in NETWORKS}
+        for dtype, layout, batch in product(args.dtype, args.layout, args.batch)
+        for shape, layers in all_cases(batch).items()
+        if layers.keys() & set(args.shapes)
     ]
+    # (N, C) and a single position are the same memory in both layouts.
+    single = {shape_name(shape) for shape in ODD if prod(shape[2:]) == 1}
+    return [case for case in cases if case["layout"] == "nchw" or case["shape"] not in single]

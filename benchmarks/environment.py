@@ -1,5 +1,6 @@
-"""The machine and the allocator of a measurement. Both are written into every result file."""
+"""The machine and the allocator of a measurement, and the options that benchmarks share."""
 
+import argparse
 import ctypes.util
 import os
 import platform
@@ -11,25 +12,24 @@ from pathlib import Path
 
 import torch
 
+OUT = Path(__file__).resolve().parent.parent / "build" / "bench"
 ALLOCATORS = ("glibc", "tcmalloc")
-PREFERRED = ("tcmalloc_minimal", "tcmalloc")
-LIBRARIES = ["/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib"]
+LIBRARIES = f"usr/lib/*-linux-gnu usr/lib64 usr/lib usr/local/lib {sys.prefix[1:]}/lib".split()
 
 
 def loaded_allocator() -> str:
     """The allocator of this process, by the libraries that it has mapped."""
-    maps = Path("/proc/self/maps")
-    found = re.search("/lib(tcmalloc|jemalloc|mimalloc)", maps.read_text() if maps.exists() else "")
-    return found[1] if found else platform.libc_ver()[0] or "system"
+    preloaded = search("/lib(tcmalloc|jemalloc|mimalloc)", "/proc/self/maps")
+    return preloaded or platform.libc_ver()[0] or "system"
 
 
 def find_tcmalloc() -> str:
     """A name or path that LD_PRELOAD takes."""
-    for name in PREFERRED:
+    for name in "tcmalloc_minimal", "tcmalloc":
         if found := ctypes.util.find_library(name):
             return found
-        for directory in [f"{sys.prefix}/lib", *LIBRARIES]:  # find_library needs ldconfig
-            if paths := sorted(Path("/").glob(f"{directory[1:]}/lib{name}.so*")):
+        for directory in LIBRARIES:  # find_library needs ldconfig
+            if paths := sorted(Path("/").glob(f"{directory}/lib{name}.so*")):
                 return str(paths[0])
     raise SystemExit("tcmalloc was not found. Debian, Ubuntu: apt install libtcmalloc-minimal4")
 
@@ -42,72 +42,90 @@ def with_allocator(name: str) -> dict[str, str]:
     return os.environ | {"LD_PRELOAD": ":".join(added + kept)}
 
 
-def use_allocator(name: str | None) -> None:
-    """Start this program again unless it runs under the allocator; under both, one by one."""
-    if name in (None, loaded_allocator()):
-        return
-    if name == "both":
+def start(args: argparse.Namespace) -> None:
+    """Set the threads; start this program again if it has to run under another allocator."""
+    torch.set_num_threads(args.threads)
+    if (name := args.allocator) == "both":
         find_tcmalloc()  # now, not after the first run
         again = [sys.executable, *sys.orig_argv[1:], "--allocator"]
         sys.exit(max(subprocess.run([*again, each]).returncode for each in ALLOCATORS))
+    if name in (None, loaded_allocator()):
+        return
     variables = with_allocator(name)
     if os.environ.get("LD_PRELOAD") == variables["LD_PRELOAD"]:  # it has been started again
         sys.exit(f"{name} cannot be loaded: {loaded_allocator()} is in use")
     os.execve(sys.executable, sys.orig_argv, variables)
 
 
-def output(*command: str) -> str:
-    """What a command prints; "unknown" where it cannot run."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+def output(command: str) -> str:
+    """What a shell command prints; "unknown" where it fails."""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    return "unknown" if done.returncode else done.stdout.strip()
 
 
 def git_commit() -> str:
     """The commit, and whether files other than results have changed since."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    changed = output(*git, "status", "--short", "--", ":/", ":!/benchmarks/results")
-    return output(*git, "rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    git = f"git -C '{Path(__file__).parent}'"
+    changed = output(f"{git} status --short -- :/ :!/benchmarks/results")
+    return output(f"{git} rev-parse --short=12 HEAD") + "+changes" * bool(changed)
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.M)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def huge_pages() -> str:
-    """The chosen one of e.g. "always [madvise] never"."""
-    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return path.read_text().split("[")[1].split("]")[0] if path.exists() else "n/a"
+def search(pattern: str, path: str) -> str | None:
+    text = Path(path).read_text() if Path(path).exists() else ""
+    found = re.search(pattern, text, re.MULTILINE)
+    return found and found[1]
 
 
 def gpu() -> dict[str, str]:
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     return {
-        "gpu": properties.name,
-        "driver": output(*query),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
 
 
-def machine(device: str = "cpu") -> dict[str, object]:
+def machine(args: argparse.Namespace) -> dict[str, object]:
+    """The header of a result file."""
     import batchnorm_ext
 
-    if device == "cuda" and not batchnorm_ext._ops.takes(torch.empty(2, 1, device="cuda")):
+    on_gpu = args.device == "cuda"
+    if on_gpu and not batchnorm_ext._ops.takes(torch.empty(2, 1, device="cuda")):
         raise SystemExit("batchnorm_ext was built without kernels for this GPU: see make gpu")
-    return (gpu() if device == "cuda" else {}) | {
-        "cpu": cpu_model(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "allocator": loaded_allocator(),
-        "huge pages": huge_pages(),
-        "torch": torch.__version__,
-        "commit": git_commit(),
-        "date": date.today().isoformat(),
+    options = {
+        name: value for name in ("rounds", "runs", "quick") if (value := vars(args).get(name))
     }
+    return (
+        (gpu() if on_gpu else {})
+        | {
+            "cpu": search(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.machine(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "allocator": loaded_allocator(),
+            "huge pages": search(r"\[(\w+)\]", "/sys/kernel/mm/transparent_hugepage/enabled"),
+            "torch": torch.__version__,
+            "commit": git_commit(),
+            "date": date.today(),
+        }
+        | options
+    )
+
+
+def path(args: argparse.Namespace, name: str) -> Path:
+    """The result file, on a CPU one for each allocator."""
+    return args.out / (name + f"-{loaded_allocator()}" * (args.device == "cpu") + ".csv")
+
+
+def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    help = "run under this allocator, or under each in turn (default: the one that is loaded)"
+    parser.add_argument("--allocator", choices=(*ALLOCATORS, "both"), help=help)
+    parser.add_argument("--rounds", type=int, default=rounds, help="interleaved samples per case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=OUT, help="directory of the CSV files")
+    parser.add_argument("--quick", action="store_true", help="a smoke run, not a measurement")
+    return parser

@@ -12,13 +12,14 @@ network start from the same weights. bf16 and fp16 run under autocast. Writes st
 `--settings` measures eager ResNet-50 steps under each of SETTINGS and writes settings.csv.
 """
 
-import argparse
 import copy
-import os
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -31,22 +32,20 @@ import batchnorm_ext
 import environment
 import report
 import results
-from arguments import add_choice, make_parser
 from cases import DTYPES
 from networks import NETWORKS
 from timing import interleaved
 
-WARMUP = 2
 MODES = ("eager", "compiled")
-LAUNCHER = ("-m", "torch.backends.xeon.run_cpu")
-SETTINGS = {  # name -> environment variables, launcher; "tcmalloc" stands for its LD_PRELOAD
-    "glibc": ({}, ()),
-    "THP_MEM_ALLOC_ENABLE=1": ({"THP_MEM_ALLOC_ENABLE": "1"}, ()),
-    "GLIBC_TUNABLES=glibc.malloc.hugetlb=1": ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, ()),
-    "python -m torch.backends.xeon.run_cpu": ({}, LAUNCHER),
-    "tcmalloc": ("tcmalloc", ()),
-    "tcmalloc and run_cpu": ("tcmalloc", LAUNCHER),
-}
+LAUNCHER = ["-m", "torch.backends.xeon.run_cpu"]
+SETTINGS = [  # allocator, environment variable, launcher
+    ("glibc", None, []),
+    ("glibc", ("THP_MEM_ALLOC_ENABLE", "1"), []),
+    ("glibc", ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"), []),
+    ("glibc", None, LAUNCHER),
+    ("tcmalloc", None, []),
+    ("tcmalloc", None, LAUNCHER),
+]
 
 
 def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Callable[[], float]:
@@ -65,90 +64,79 @@ def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Cal
     return step
 
 
-def measure(name: str, dtype: str, layout: str, args, bar: tqdm) -> dict:
+def measure(name: str, dtype: str, layout: str, args: Namespace, bar: tqdm) -> list[dict]:
+    """A row for each mode. All contestants are interleaved."""
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    native = NETWORKS[name]().to(args.device, memory_format=memory_format)
+    original = NETWORKS[name]().to(args.device, memory_format=memory_format)
     size = (args.batch, 3, args.size, args.size)
     images = torch.randn(size, device=args.device).to(memory_format=memory_format)
     labels = torch.randint(1000, (args.batch,), device=args.device)
     torch._dynamo.reset()
     steps = {}
     for mode in args.modes:
-        networks = {"native": copy.deepcopy(native), "ours": copy.deepcopy(native)}
-        batchnorm_ext.convert(networks["ours"])
-        for contestant, network in networks.items():
+        native, ours = copy.deepcopy(original), batchnorm_ext.convert(copy.deepcopy(original))
+        for key, network in ("native", native), ("ours", ours):
             network = torch.compile(network) if mode == "compiled" else network
-            key = contestant if mode == "eager" else f"{contestant} compiled"
-            steps[key] = training_step(network, images, labels, DTYPES[dtype])
+            steps[f"{key} {mode}"] = training_step(network, images, labels, DTYPES[dtype])
     bar.set_description(f"{name} {dtype} {layout}")
-    timing = interleaved(steps, args.rounds, warmup=WARMUP, after_sample=bar.update)
+    times = interleaved(steps, args.rounds, after_sample=bar.update)
     row = {"network": name, "dtype": dtype, "layout": layout, "batch": args.batch}
-    return row | timing.row()
+    rest = {"disturbance": times["disturbance"]}
+    return [
+        row | {"mode": mode, **{key: times[f"{key} {mode}"] for key in ("native", "ours")}} | rest
+        for mode in args.modes
+    ]
 
 
-def run(args, path: Path, machine: dict) -> None:
-    runs = [(n, d, layout) for n in args.networks for d in args.dtype for layout in args.layout]
-    total = len(runs) * 2 * len(args.modes) * (WARMUP + args.rounds)
+def run(args: Namespace) -> None:
+    path, machine = environment.path(args, "steps"), environment.machine(args)
+    runs = list(product(args.networks, args.dtype, args.layout))
     rows: list[dict] = []
+    total = len(runs) * 2 * len(args.modes) * (2 + args.rounds)
     with tqdm(total=total, unit="step", file=sys.stderr) as bar:
         for each in runs:
-            rows.append(measure(*each, args, bar))
+            rows += measure(*each, args, bar)
             results.write(path, machine, pd.DataFrame(rows))
+    ratios = ", ".join(f"{row['native'] / row['ours']:.2f}" for row in rows)
+    print(f"{path}\n\n{report.step_table(pd.DataFrame(rows))}\n\nx native: {ratios}")
 
 
-def run_settings(args, machine: dict) -> None:
-    """Each setting in a process of its own, since allocators are chosen at its start."""
+def run_settings(args: Namespace) -> None:
+    """Each setting in a process of its own: an allocator is chosen when a process starts."""
     options = ["--networks", "resnet50", "--modes", "eager", "--batch", str(args.batch)]
     options += ["--rounds", str(args.rounds), "--size", str(args.size)]
-    machine.pop("allocator")  # each row has its own
     frames = []
-    for name, (variables, launcher) in SETTINGS.items():
+    for allocator, variable, launcher in SETTINGS:
+        name = ", ".join([allocator, *(["=".join(variable)] if variable else []), *launcher[1:]])
         print(name, flush=True)
-        if variables == "tcmalloc":
-            variables = environment.with_allocator("tcmalloc")
-        else:
-            variables = environment.with_allocator("glibc") | variables
+        variables = environment.with_allocator(allocator) | dict([variable] if variable else [])
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, *launcher, __file__, *options, "--out", out]
-            subprocess.run(command, env=os.environ | variables, check=True)
-            (path,) = Path(out).glob("steps-*.csv")
-            found, rows = results.read(path)
-        frames.append(rows.assign(setting=name, allocator=found["allocator"]))
-        results.write(args.out / "settings.csv", machine, pd.concat(frames))
+            subprocess.run(command, env=variables, check=True)
+            (path,) = Path(out).iterdir()
+            rows = results.read(path)
+        frames.append(rows.assign(setting=name, allocator=rows.attrs["allocator"]))
+    path, machine, rows = args.out / "settings.csv", environment.machine(args), pd.concat(frames)
+    results.write(path, machine | {"allocator": "see its column"}, rows)
+    print(f"{path}\n\n{report.settings_table(rows)}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, rounds=7)
-    add_choice(parser, "--networks", tuple(NETWORKS))
-    add_choice(parser, "--dtype", tuple(DTYPES), default=["fp32"])
-    add_choice(parser, "--layout", results.LAYOUTS)
-    add_choice(parser, "--modes", MODES)
+def main() -> None:
+    parser = environment.make_parser(__doc__, rounds=7)
+    add = partial(parser.add_argument, nargs="+")
+    add("--networks", choices=NETWORKS, default=list(NETWORKS))
+    add("--dtype", choices=DTYPES, default=["fp32"])
+    add("--layout", choices=results.LAYOUTS, default=results.LAYOUTS)
+    add("--modes", choices=MODES, default=MODES)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--settings", action="store_true", help="compare settings, see above")
     args = parser.parse_args()
     if args.quick:
         args.batch, args.size, args.rounds = 2, 64, 1
-    return args
-
-
-def main() -> None:
-    args = parse_arguments()
-    if args.device == "cpu" and not args.settings:
-        environment.use_allocator(args.allocator)
-    torch.set_num_threads(args.threads)
-    machine = environment.machine(args.device)
-    machine |= {"rounds": args.rounds, "size": args.size} | ({"quick": True} if args.quick else {})
-    if args.settings:
-        run_settings(args, machine)
-        print(report.settings_table(results.read(args.out / "settings.csv")[1]))
-        return
-    on_gpu = args.device == "cuda"
-    path = args.out / ("steps.csv" if on_gpu else f"steps-{machine['allocator']}.csv")
-    run(args, path, machine)
-    print(report.step_table(results.read(path)[1]))
-    print(path)
+    environment.start(args)
+    (run_settings if args.settings else run)(args)
 
 
 if __name__ == "__main__":

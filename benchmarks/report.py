@@ -15,28 +15,21 @@ from pathlib import Path
 import pandas as pd
 
 import musts
-from results import (
-    CASE,
-    DISTURBED,
-    KINDS,
-    LAYOUTS,
-    NETWORKS,
-    PASSES,
-    RESULTS,
-    derive,
-    mean,
-    read,
-    select,
-)
+import results
+from results import LAYOUTS, PASSES, mean, select
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING = "Not measured yet."
+DISTURBED = 0.1  # a measurement is disturbed if other processes used more of the processors
 ALLOCATORS = ("glibc", "tcmalloc")
+KINDS = [f"{dtype} {layout}" for dtype in results.DTYPES for layout in LAYOUTS]
+SIZES = {">= 100 MB": (100, 1e9), "25 to 100 MB": (25, 100), "< 25 MB": (0, 25)}
+COMPARED = ("native", "converted", "x native")
 
 
-def table(lines: list[list], header: list[str] | None = None) -> str:
+def table(lines: list[list], header: list[str]) -> str:
     frame = pd.DataFrame(lines, columns=header).map(cell)
-    alignment = ["left"] + ["right"] * (frame.shape[1] - 1)
+    alignment = ["left"] + ["right"] * (len(header) - 1)
     return frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)
 
 
@@ -47,260 +40,176 @@ def cell(value) -> str:
 
 
 def duration(milliseconds: float) -> str:
-    if pd.isna(milliseconds):
-        return ""
-    for scale, unit in (1e-3, "s"), (1, "ms"):
+    for scale, unit in (1e-3, "s"), (1, "ms"), (1e3, "us"):
         if milliseconds * scale >= 1:
             return f"{milliseconds * scale:.3g} {unit}"
-    return f"{milliseconds * 1e3:.3g} us"
+    return ""
 
 
-def worst_name(rows: pd.DataFrame) -> str:
-    value, where = musts.worst(rows, "x")
-    return f"{value:.2f} at {where.split()[0]}" if where else ""
+def compared(native: float, ours: float) -> list:
+    return [duration(native), duration(ours), native / ours]
 
 
-def overview(files: dict) -> str:
+def overview(files: dict[str, pd.DataFrame]) -> str:
     """Training steps, then all layers of ResNet-50 together: one line each, both allocators."""
+    lines: dict[str, dict[str, list]] = {}
+    for allocator in [name for name in ALLOCATORS if f"steps-{name}" in files]:
+        for row in files[f"steps-{allocator}"].itertuples():
+            name = f"{results.NETWORKS[row.network]}, training step, {row.layout}, {row.mode}"
+            lines.setdefault(name, {})[allocator] = compared(row.native, row.ours)
+    for allocator in [name for name in ALLOCATORS if f"layers-{name}" in files]:
+        rows = select(files[f"layers-{allocator}"], "module", network="resnet50")
+        for kind, group in rows.groupby("kind", sort=False):
+            total = group[["native", "ours"]].mul(group.resnet50, axis=0).sum()
+            lines.setdefault(f"ResNet-50, all layers, {kind}", {})[allocator] = compared(*total)
+    cells = [
+        [name, *(value for a in ALLOCATORS for value in found.get(a, [""] * 3))]
+        for name, found in lines.items()
+    ]
+    return table(cells, ["", *(f"{a}: {column}" for a in ALLOCATORS for column in COMPARED)])
 
-    def times(rows: pd.DataFrame, suffix: str = "") -> tuple[float, float]:
-        columns = [f"native{suffix}", f"ours{suffix}"]
-        return tuple(rows.reindex(columns=columns).sum(min_count=1))
 
+def layer_table(rows: pd.DataFrame) -> str:
+    """A line per pass, dtype, layout and batch: geometric means over distinct layer shapes."""
     lines = []
-    for (network, title), layout, suffix in product(NETWORKS.items(), LAYOUTS, ("", " compiled")):
-        line = [f"{title} step, {layout.upper()}{',' * bool(suffix)}{suffix}"]
-        for allocator in ALLOCATORS:
-            rows = files.get(f"steps-{allocator}", pd.DataFrame({"network": [], "layout": []}))
-            rows = rows[(rows.network == network) & (rows.layout == layout)]
-            native, ours = times(rows, suffix)
-            line += [duration(native), duration(ours), native / ours]
-        lines.append(line)
-    for kind in KINDS[:4]:
-        line = [f"the 53 layers of ResNet-50, {kind.replace('nchw', 'NCHW').replace('nhwc', 'NHWC')}"]
-        for allocator in ALLOCATORS:
-            rows = files.get(f"layers-{allocator}")
-            if rows is not None:
-                rows = select(rows, "module", kind, "resnet50")
-                rows = rows[["native", "ours"]].mul(rows.resnet50, axis=0)
-            native, ours = times(pd.DataFrame() if rows is None else rows)
-            line += [duration(native), duration(ours), native / ours]
-        lines.append(line)
-    return table(lines, ["", *[f"{a}: {c}" for a in ALLOCATORS for c in ("native", "ours", "x")]])
-
-
-def summary_table(rows: pd.DataFrame) -> str:
-    """A line per pass, dtype and layout: geometric means over the distinct layer shapes."""
-    lines = []
-    for what, kind in product(PASSES, KINDS):
-        group = select(rows, what, kind)
+    batches = rows["shape"].str.split("x").str[0].astype(int)
+    keys = product(PASSES, KINDS, sorted(batches[rows.resnet50 > 0].unique()))
+    for what, kind, batch in keys:
+        group = select(rows[batches == batch], what, kind)
         resnet = select(group, network="resnet50")
-        if len(resnet):
-            large = resnet[resnet.mb >= 50]
-            line = [f"{what}, {kind}", mean(resnet.x), mean(resnet.over_floor)]
-            line += [mean(large.x), mean(large.over_floor)]
-            line += [mean(select(group, network="mobilenetv2").x), mean(group.x)]
-            lines.append([*line, worst_name(group)])
-    header = ["pass", "ResNet-50: x native", "/ floor", ">= 50 MB: x native", "/ floor"]
-    return table(lines, [*header, "MobileNetV2: x native", "all: x native", "least x native"])
+        floors = [mean(resnet.over_floor[resnet.mb.between(*s, "left")]) for s in SIZES.values()]
+        value, where = musts.worst(group, "x")
+        if where:
+            means = mean(resnet.x), *floors, mean(select(group, network="mobilenetv2").x)
+            least = f"{value:.2f} at {where.split()[0]}"
+            lines.append([f"{what}, {kind}, batch {batch}", *means, least])
+    header = ["", "x native", *(f"time / floor, {size}" for size in SIZES)]
+    return table(lines, [*header, "MobileNetV2, x native", "least x native"])
 
 
 def shapes_table(rows: pd.DataFrame, network: str = "resnet50") -> str:
-    """Every layer shape: speed-up over native, and time over the floor."""
+    """Every layer shape: speed-up over native / time over the floor."""
     rows = select(rows, network=network)
+    rows = rows[rows["pass"] != "module"]
     cells = rows.x.map("{:.2f}".format) + " / " + rows.over_floor.map("{:.2f}".format)
-    columns = [(w, k) for w, k in product(PASSES[:3], KINDS) if len(select(rows, w, k))]
-    found = dict(zip(zip(rows["shape"], rows["pass"], rows.kind, strict=True), cells, strict=True))
-    counts = dict(zip(rows["shape"], rows[network], strict=True))
-    lines = [
-        [shape, str(count), *(found.get((shape, *column), "") for column in columns)]
-        for shape, count in counts.items()
-    ]
-    return table(lines, ["shape", "layers", *(" ".join(column) for column in columns)])
+    columns = rows["pass"] + " " + rows.kind
+    frame = pd.crosstab(rows["shape"], columns, cells, aggfunc="first")
+    frame = frame.loc[rows["shape"].unique(), columns.unique()]
+    frame.insert(0, "layers", rows.drop_duplicates("shape").set_index("shape")[network])
+    frame = frame.reset_index()
+    return table(frame.values.tolist(), list(frame))
 
 
 def step_table(rows: pd.DataFrame) -> str:
-    lines = []
-    for row in rows.to_dict("records"):
-        for suffix in ("", " compiled"):
-            native, ours = row.get(f"native{suffix}"), row.get(f"ours{suffix}")
-            if native and ours:
-                name = f"{row['network']}, {row['dtype']} {row['layout']}, batch {row['batch']}"
-                ratio = native / ours
-                lines.append([name + "," * bool(suffix) + suffix, duration(native), duration(ours), ratio])
-    return table(lines, ["training step", "native", "converted", "x native"])
+    lines = [
+        [
+            f"{r.network}, {r.dtype} {r.layout}, batch {r.batch}, {r.mode}",
+            *compared(r.native, r.ours),
+        ]
+        for r in rows.itertuples()
+    ]
+    return table(lines, ["training step", *COMPARED])
 
 
 def settings_table(rows: pd.DataFrame) -> str:
     lines = []
-    for setting, group in rows.groupby("setting", sort=False):
-        line = [f"`{setting}`", group.allocator.iloc[0]]
-        for layout in LAYOUTS:
-            times = group[group.layout == layout].iloc[0]
-            line += [duration(times.native), duration(times.ours), times.native / times.ours]
-        lines.append(line)
-    header = [f"{lay.upper()}: {c}" for lay in LAYOUTS for c in ("native", "converted", "x")]
-    return table(lines, ["setting", "allocator", *header])
+    for (setting, allocator), group in rows.groupby(["setting", "allocator"], sort=False):
+        times = [compared(*pair) for pair in group[["native", "ours"]].values]
+        lines.append([setting, allocator, *sum(times, [])])
+    layouts = rows["layout"].unique()
+    header = [f"{layout}: {column}" for layout in layouts for column in COMPARED]
+    return table(lines, ["setting", "allocator in use", *header])
 
 
 def sync_table(rows: pd.DataFrame) -> str:
-    """Geometric means over the layers of ResNet-50."""
+    """Geometric means over the layers of ResNet-50, each as often as the network has it."""
     lines = []
     for (ranks, batch), group in rows.groupby(["ranks", "batch"]):
-        means = musts.sync_means(group)
-        total = duration((group.ours * group.resnet50).sum())
-        lines.append([f"{ranks} ranks, batch {batch}", total, *means.values()])
-    header = ["", "ours, sum of the layers", "x native's algorithm", "x plain PyTorch"]
-    return table(lines, [*header, "without messages / local"])
+        group = group.loc[group.index.repeat(group.resnet50)]
+        ratios = group.native / group.ours, group.plain / group.ours
+        overhead = (group.free - group.calls) / group.local
+        means = map(mean, [*ratios, overhead])
+        lines.append([f"{ranks} ranks, batch {batch} each", duration(group.ours.sum()), *means])
+    header = ["", "all layers", "x native's algorithm", "x plain PyTorch"]
+    return table(lines, [*header, "without the collectives, time / local layer"])
 
 
-def gpu_table(rows: pd.DataFrame) -> str:
-    """A line per pass, dtype, layout and batch: geometric means over the ResNet-50 shapes."""
-    lines = []
-    resnet = select(rows, network="resnet50")
-    batches = resnet["shape"].str.split("x").str[0].astype(int)
-    for what, kind, batch in product(PASSES, KINDS, sorted(batches.unique())):
-        group = select(resnet[batches == batch], what, kind)
-        if len(group):
-            bins = [(100, 1e9), (25, 100), (0, 25)]
-            shares = [mean(1 / group.over_floor[group.mb.between(*b, "left")]) for b in bins]
-            peers = [mean(group[p] / group.ours) for p in ("native", "aten", "compiled") if p in group]
-            peers += [""] * (3 - len(peers))
-            line = [f"{what}, {kind}, batch {batch}"]
-            line += ["" if pd.isna(share) else f"{share:.0%}" for share in shares]
-            lines.append([*line, *peers, worst_name(group)])
-    header = ["ResNet-50 layers", ">= 100 MB", "25 to 100 MB", "< 25 MB"]
-    return table(lines, [*header, "x native", "x ATen", "x compiled", "least x native"])
+def must_table(verdicts: list[list[str]]) -> str:
+    return table([line for line in verdicts if "not measured" not in line], musts.HEADER)
 
 
-def must_table(verdicts: list[dict]) -> str:
-    measured = [v for v in verdicts if v["verdict"] != "not measured"]
-    return table([list(v.values()) for v in measured], list(verdicts[0]))
+def layer_report(rows: pd.DataFrame) -> str:
+    """What bench.py prints at its end."""
+    verdicts = (musts.gpu_verdicts if "gpu" in rows.attrs else musts.layer_verdicts)(rows)
+    met, missed = (sum(word in line for line in verdicts) for word in ("PASS", "MISS"))
+    tables = f"{layer_table(rows)}\n\n{must_table(verdicts)}"
+    return f"{tables}\n\n{met} of {met + missed} musts met"
 
 
-def disturbance(rows: pd.DataFrame) -> str:
+def described(machine: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
+
+
+def machine_line(name: str, rows: pd.DataFrame) -> str:
     disturbed = int((rows.disturbance > DISTURBED).sum())
     if disturbed > len(rows) / 10:
-        raise SystemExit(f"{disturbed} of {len(rows)} measurements were disturbed: measure again")
+        raise SystemExit(f"{name}: {disturbed} of {len(rows)} rows were disturbed: measure again")
     used = f"other processes used more than {DISTURBED:.0%} of the processors"
-    return f"In {disturbed} of {len(rows)} measurements {used}."
+    return f"- {name}: {described(rows.attrs)} In {disturbed} of {len(rows)} rows {used}."
 
 
-def machine_line(name: str, machine: dict, rows: pd.DataFrame) -> str:
-    values = ", ".join(f"{key} {value}" for key, value in machine.items())
-    return f"- {name}: {values}. {disturbance(rows)}"
+def load(directory: Path) -> dict[str, pd.DataFrame]:
+    files = {path.stem: results.read(path) for path in sorted(directory.glob("*.csv"))}
+    if quick := [name for name, rows in files.items() if "quick" in rows.attrs]:
+        raise SystemExit(f"{', '.join(quick)}: a --quick run is no measurement")
+    return files
 
 
-def layer_report(machine: dict, rows: pd.DataFrame) -> str:
-    """What bench.py prints at its end."""
-    rows = derive(rows)
-    if "gpu" in machine:
-        tables = [gpu_table(rows), must_table(musts.gpu_verdicts(rows))]
-    else:
-        tables = [summary_table(rows), must_table(musts.layer_verdicts(rows))]
-    return "\n\n".join(tables)
-
-
-def load(directory: Path) -> tuple[dict, dict]:
-    """Machine and rows by the names of the files."""
-    machines, rows = {}, {}
-    for path in sorted(directory.glob("*.csv")):
-        machines[path.stem], rows[path.stem] = read(path)
-        if "quick" in machines[path.stem]:
-            raise SystemExit(f"{path.name} is of a --quick run, which is no measurement")
-    return machines, rows
-
-
-def gpu_layers(files: dict) -> pd.DataFrame | None:
-    """All layers, each case once, from the measurement with the most contestants."""
-    found = [rows for name, rows in files.items() if name.startswith("layers")]
-    if not found:
-        return None
-    rows = pd.concat(found, ignore_index=True)
-    order = rows.notna().sum(axis=1).sort_values(kind="stable").index
-    return derive(rows.loc[order].drop_duplicates(CASE, keep="last").sort_index())
-
-
-def gpu_block(directory: Path | None) -> str:
-    if directory is None:
-        return NOTHING
-    machines, files = load(directory)
+def gpu_block(directory: Path) -> str:
+    """What gpu_run.py found."""
+    files = load(directory)
     stages = files["stages"]
-    machine = ", ".join(f"{key} {value}" for key, value in machines["stages"].items())
-    parts = [f"{machine}.", table(stages.astype(str).values.tolist(), list(stages))]
-    layers = gpu_layers(files)
-    if layers is not None:
-        parts.append(gpu_table(layers))
-    if "steps" in files:
-        parts.append(step_table(files["steps"]))
-    if layers is not None:
-        parts.append(must_table(musts.gpu_verdicts(layers)))
+    parts = [described(stages.attrs), table(stages.values.tolist(), list(stages))]
+    if layers := [rows for name, rows in files.items() if name.startswith("layers")]:
+        rows = pd.concat(layers, ignore_index=True).drop_duplicates(results.CASE)
+        parts += [layer_table(rows), must_table(musts.gpu_verdicts(rows))]
+    parts += [step_table(files["steps"])] if "steps" in files else []
     return "\n\n".join(parts)
 
 
-def newest_gpu(directory: Path) -> Path | None:
-    """Of the directories <gpu>-<year>-<month>-<day> that hold a run."""
-    found = [path.parent for path in directory.glob("*/stages.csv")]
-    return max(found, key=lambda path: path.name[-len("2000-01-01") :], default=None)
-
-
 def blocks(directory: Path) -> dict[str, str]:
-    """Marker name -> markdown."""
-    machines, files = load(directory)
-    lines = [machine_line(name, machines[name], files[name]) for name in files]
-    result = dict.fromkeys(["results", "musts", "settings", "sync", "sync-musts"], NOTHING)
-    result["machines"] = "\n".join(lines) or NOTHING
-    sentences = {(m["cpu"], m["cores"], m["torch"], m["commit"], m["date"]) for m in machines.values()}
-    sentence = "{}, {} cores, torch {}, commit {}, {}.".format
-    result["machine"] = " ".join(sentence(*each) for each in sorted(sentences)) or NOTHING
-    files = {n: derive(rows) if n.startswith("layers") else rows for n, rows in files.items()}
-    verdicts = []
-    for allocator in ALLOCATORS:
-        result[f"layers-{allocator}"] = result[f"shapes-{allocator}"] = NOTHING
-        if (layers := files.get(f"layers-{allocator}")) is not None:
-            result[f"layers-{allocator}"] = summary_table(layers)
-            result[f"shapes-{allocator}"] = shapes_table(layers)
+    """Marker name -> markdown, of all that was measured."""
+    files = load(directory)
+    keys = ("cpu", "cores", "torch", "commit", "date")
+    machines = {described({key: rows.attrs[key] for key in keys}) for rows in files.values()}
+    found = {
+        "machine": " ".join(sorted(machines)),
+        "machines": "\n".join(machine_line(*item) for item in files.items()),
+    }
     if any(name.startswith(("layers", "steps")) for name in files):
-        result["results"] = overview(files)
-    if "layers-tcmalloc" in files:
-        verdicts += musts.layer_verdicts(files["layers-tcmalloc"])
-    if "steps-tcmalloc" in files:
-        verdicts += musts.step_verdicts(files["steps-tcmalloc"])
+        found["results"] = overview(files)
+    tables = {"settings": settings_table, "sync": sync_table}
+    for allocator in ALLOCATORS:
+        tables |= {f"layers-{allocator}": layer_table, f"shapes-{allocator}": shapes_table}
+        files[f"shapes-{allocator}"] = files.get(f"layers-{allocator}")
+    found |= {
+        name: make(files[name]) for name, make in tables.items() if files.get(name) is not None
+    }
+    judges = {"layers-tcmalloc": musts.layer_verdicts, "steps-tcmalloc": musts.step_verdicts}
+    verdicts = [
+        line for name, judge in judges.items() if name in files for line in judge(files[name])
+    ]
     if verdicts:
-        result["musts"] = must_table(verdicts)
-    if "settings" in files:
-        result["settings"] = settings_table(files["settings"])
-    if "sync" in files:
-        result["sync"] = sync_table(files["sync"])
-        result["sync-musts"] = must_table(musts.sync_verdicts(files["sync"]))
-    return result | {"gpu": gpu_block(newest_gpu(directory))}
+        found["musts"] = must_table(verdicts)
+    # the newest of the directories <gpu>-<year>-<month>-<day>
+    runs = sorted(directory.glob("*/stages.csv"), key=lambda path: path.parent.name[-10:])
+    return found | ({"gpu": gpu_block(runs[-1].parent)} if runs else {})
 
 
-def fill(text: str, blocks: dict[str, str]) -> str:
-    """The text with every marked block replaced; an unknown marker is an error."""
+def fill(text: str, found: dict[str, str]) -> str:
+    """The text with every marked block replaced."""
     marked = re.compile(r"(<!-- bench:(\S+):begin -->\n).*?(<!-- bench:\2:end -->)", re.DOTALL)
-    return marked.sub(lambda found: f"{found[1]}{blocks[found[2]]}\n{found[3]}", text)
-
-
-def plot(layers: pd.DataFrame, path: Path) -> None:
-    """Time over the floor against the size of the input: a panel per pass and layout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    options = {"sharex": True, "sharey": True, "layout": "constrained", "figsize": (14, 7)}
-    figure, axes = plt.subplots(len(LAYOUTS), len(PASSES), **options)
-    for axis, (layout, what) in zip(axes.flat, product(LAYOUTS, PASSES), strict=True):
-        for dtype, group in select(layers, what)[layers.layout == layout].groupby("dtype"):
-            for contestant, marker in ("native", "x"), ("ours", "o"):
-                over = group.over_floor * group[contestant] / group.ours
-                axis.scatter(group.mb, over, s=18, marker=marker, label=f"{contestant}, {dtype}")
-        axis.set(title=f"{what}, {layout.upper()}", xscale="log", yscale="log", xlabel="MB")
-        axis.grid(linewidth=0.4)
-    axes[0, 0].set_ylabel("time / floor")
-    axes[0, 0].legend()
-    figure.savefig(path, dpi=130)
+    return marked.sub(lambda m: f"{m[1]}{found.get(m[2]) or NOTHING}\n{m[3]}", text)
 
 
 def main() -> None:
@@ -308,32 +217,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs are")
     parser.add_argument("--gpu", type=Path, help="print the tables of a directory of gpu_run.py")
-    parser.add_argument("--plot", type=Path, help="draw the layers of --gpu, or under tcmalloc")
     args = parser.parse_args()
-    if args.plot:
-        files = load(args.gpu or args.results)[1]
-        layers = gpu_layers(files) if args.gpu else derive(files["layers-tcmalloc"])
-        if layers is not None:
-            plot(layers, args.plot)
     if args.gpu:
         print(gpu_block(args.gpu))
-    if args.gpu or args.plot:
         return
-    tables = blocks(args.results)
-    different = []
+    found, different = blocks(args.results), []
     for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
         text = path.read_text()
-        if (filled := fill(text, tables)) != text:
+        if (filled := fill(text, found)) != text:
             different.append(path.name)
             if not args.check:
                 path.write_text(filled)
     if args.check and different:
-        names = ", ".join(different)
-        raise SystemExit(f"{names}: tables differ from the results; run python benchmarks/report.py")
-    print(f"written: {', '.join(different) or 'nothing'}" if not args.check else "tables: as measured")
+        raise SystemExit(f"{', '.join(different)}: run python benchmarks/report.py")
+    print(f"tables written: {', '.join(different) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 CASE = ["pass", "dtype", "layout", "shape"]  # columns that identify a layer measurement
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of an element
 LAYOUTS = ("nchw", "nhwc")
-KINDS = [f"{dtype} {layout}" for dtype in DTYPES for layout in LAYOUTS]
 NETWORKS = {"resnet50": "ResNet-50", "mobilenetv2": "MobileNetV2"}
-DISTURBED = 0.1  # a measurement is disturbed if other processes used more of the processors
-
-# The least memory traffic in units of a clone, which reads once and writes once: forward and eval
-# read x and write y, backward reads x and dy and writes dx, a module call does forward and backward.
+# The least memory traffic in units of a clone (one read, one write): forward and eval read x and
+# write y, backward reads x and dy and writes dx, a module call does forward and backward.
 FLOOR = {"forward": 1.0, "backward": 1.5, "eval": 1.0, "module": 2.5}
 PASSES = tuple(FLOOR)
 
@@ -33,16 +30,13 @@ def write(path: Path, machine: dict, rows: pd.DataFrame) -> None:
     path.write_text(header + rows.to_csv(index=False, float_format="%.4g", lineterminator="\n"))
 
 
-def read(path: Path) -> tuple[dict[str, str], pd.DataFrame]:
-    lines = path.read_text().splitlines()
-    header = [line for line in lines if line.startswith("# ")]
-    return dict(line[2:].split(": ", 1) for line in header), pd.read_csv(path, skiprows=len(header))
-
-
-def median_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each case the run with the median speed-up, whose times were taken side by side."""
-    ratios = (rows.native / rows.ours).groupby([rows[column] for column in CASE], sort=False)
-    return rows[ratios.rank(method="first") == (ratios.transform("size") + 1) // 2]
+def read(path: Path) -> pd.DataFrame:
+    """The rows, with the header in `attrs`, and derived columns where they are those of layers."""
+    header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+    rows = pd.read_csv(path, skiprows=len(header))
+    rows = derive(rows) if "copy" in rows else rows
+    rows.attrs = dict(line[2:].split(": ", 1) for line in header)
+    return rows
 
 
 def derive(rows: pd.DataFrame) -> pd.DataFrame:
@@ -54,6 +48,12 @@ def derive(rows: pd.DataFrame) -> pd.DataFrame:
         x=rows["native"] / rows["ours"],
         over_floor=rows["ours"] / (rows["copy"] * rows["pass"].map(FLOOR)),
     )
+
+
+def median_run(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each case the run with the median speed-up, whose times were taken side by side."""
+    ratios = (rows.native / rows.ours).groupby([rows[column] for column in CASE], sort=False)
+    return rows[ratios.rank(method="first") == (ratios.transform("size") + 1) // 2]
 
 
 def select(rows: pd.DataFrame, what: str = "", kind: str = "", network: str = "") -> pd.DataFrame:
