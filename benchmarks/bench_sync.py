@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  (the backend)
 from tqdm import tqdm
@@ -75,12 +74,22 @@ class Native(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
+class AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward  # the gradient is added up over the ranks as well
+
+
 def plain(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor):
     """As in detectron2's NaiveSyncBatchNorm: mean and mean of squares of equal batches, averaged
     over the ranks by a differentiable all_reduce."""
     dims = [d for d in range(x.dim()) if d != 1]
     means = torch.cat([x.mean(dims), (x * x).mean(dims)])
-    mean, square = (all_reduce(means) / dist.get_world_size()).chunk(2)
+    mean, square = (AllReduce.apply(means) / dist.get_world_size()).chunk(2)
     variance = square - mean * mean
     running_mean += MOMENTUM * (mean.detach() - running_mean)
     running_var += MOMENTUM * (variance.detach() - running_var)
