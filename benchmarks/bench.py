@@ -2,20 +2,19 @@
 
     python benchmarks/bench.py --allocator both --runs 3
     python benchmarks/bench.py --pass forward --dtype fp32 --shapes resnet50
-    python benchmarks/bench.py --device cuda --dtype bf16 fp16 --shapes resnet50 --batch 256
 
-Writes layers-<allocator>.csv, one line per case, with the times of one call in milliseconds.
-Outputs and gradients are allocated in each call and freed after it, as in training; the clone has
-such an output as well. `--runs 3` repeats everything and keeps the median run of each case.
+Writes layers-<allocator>.csv, milliseconds of one call. Outputs and gradients are allocated in each
+call and freed after it, as in training; the clone has such an output as well. `--runs 3` repeats
+everything and keeps the median run of each case.
 
 On a GPU, CUDA graphs of many calls are timed, each call on buffers of its own, which together
 exceed the L2 cache. "native" is what PyTorch chooses there, cuDNN included.
 """
 
-import gc
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pandas as pd
 import torch
@@ -28,7 +27,7 @@ import environment
 import report
 import results
 import timing
-from cases import DTYPES, USUAL_DTYPES, USUAL_GROUPS, add_case_options, chosen_cases
+from cases import DTYPES, USUAL_GROUPS, add_case_options, chosen_cases
 
 
 def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> timing.Call:
@@ -51,10 +50,10 @@ def contestants(what: str, sets: list[tuple]) -> dict[str, list[timing.Call]]:
     """Name -> a call for each of the sets of (x, dy)."""
     x = sets[0][0]
     calls = {"copy": [x.detach().clone for x, _ in sets]}
-    functions = {"ours": batchnorm_ext.functional.batch_norm, "native": F.batch_norm}
-    for name, library in ("ours", batchnorm_ext), ("native", nn):
+    ours = batchnorm_ext, batchnorm_ext.functional.batch_norm
+    for name, (library, function) in {"ours": ours, "native": (nn, F.batch_norm)}.items():
         module = layer_of(library, x.shape, x.device)
-        calls[name] = [make_call(what, functions[name], module, *tensors) for tensors in sets]
+        calls[name] = [make_call(what, function, module, *tensors) for tensors in sets]
     return calls
 
 
@@ -110,19 +109,15 @@ def run(args: Namespace) -> None:
 
 def main() -> None:
     parser = environment.make_parser(__doc__, rounds=9)
-    add_case_options(parser, passes=results.PASSES, dtypes=USUAL_DTYPES, shapes=USUAL_GROUPS)
+    add_case_options(parser, results.PASSES, ["fp32", "bf16"], USUAL_GROUPS)
     parser.add_argument("--runs", type=int, default=1, help="of which the median is kept")
     parser.add_argument("--name", default="layers", help="of the CSV file")
     args = parser.parse_args()
     args.rounds = 3 if args.quick else args.rounds
     environment.start(args)
-    if args.device == "cuda":
-        gc.freeze()  # the many collections to come need not look at what is there now
-        # Graphs are captured on a stream that is not the default one. A backward runs on the stream
-        # of its forward.
-        with torch.cuda.stream(torch.cuda.Stream()):
-            run(args)
-    else:
+    # Graphs are captured on a stream that is not the default one. A backward runs on the stream of
+    # its forward.
+    with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
         run(args)
 
 

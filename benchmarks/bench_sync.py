@@ -1,13 +1,11 @@
 """SyncBatchNorm against its peers: one layer, forward and backward, on several ranks.
 
-    python benchmarks/bench_sync.py --allocator tcmalloc
-    python benchmarks/bench_sync.py --ranks 2 --batch 2 --rounds 5
+    python benchmarks/bench_sync.py --allocator tcmalloc --ranks 2 4
 
 Over the layer shapes of ResNet-50 with a small batch, one core and one thread for each rank of a
 gloo process group. Writes sync.csv: milliseconds of this library's SyncBatchNorm ("ours"), of the
-messages of torch.nn.SyncBatchNorm around our kernels ("native"; on CUDA that layer itself), of the
-layer in PyTorch operators ("plain"), of our BatchNorm2d ("local"), of ours in a process group whose
-messages arrive at once ("free"), and of those messages alone ("calls").
+messages of torch.nn.SyncBatchNorm around our kernels ("native"), of the layer in PyTorch operators
+("plain"), and of our BatchNorm2d, which does not synchronize ("local").
 """
 
 import os
@@ -18,10 +16,9 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  (the backend)
 from tqdm import tqdm
 
 import batchnorm_ext
@@ -29,7 +26,7 @@ import environment
 import report
 import results
 from cases import layer_shapes
-from timing import interleaved, processor_seconds
+from timing import interleaved
 
 ops = torch.ops.batchnorm_ext
 MOMENTUM, EPS = 0.1, 1e-5
@@ -99,18 +96,14 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running
     return x * scale.view(shape) + shift.view(shape)
 
 
-def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable[[], object]]:
-    torch.set_default_device(device)
+def contestants(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
     channels = shape[1]
     x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    sums = [torch.zeros(size, dtype=torch.float64) for size in (4 * channels + 1, 2 * channels)]
 
     def step(layer: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = None
             layer(x).backward(dy)
-            if device == "cuda":
-                torch.cuda.synchronize()
 
         return run
 
@@ -121,21 +114,10 @@ def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable
 
     return {
         "ours": step(batchnorm_ext.SyncBatchNorm(channels)),
-        "native": step(nn.SyncBatchNorm(channels) if device == "cuda" else peer(Native.apply)),
+        "native": step(peer(Native.apply)),
         "plain": step(peer(plain)),
         "local": step(batchnorm_ext.BatchNorm2d(channels)),
-        "free": step(batchnorm_ext.SyncBatchNorm(channels, process_group=free)),
-        "calls": lambda: [free.allreduce(message).wait() for message in sums],
     }
-
-
-def all_processor_seconds() -> tuple[float, float]:
-    """processor_seconds() with all ranks in place of this process."""
-    total, others = processor_seconds()
-    own = os.times()
-    used = torch.tensor([own.user + own.system], dtype=torch.float64)
-    dist.all_reduce(used)
-    return total, others + own.user + own.system - used.item()
 
 
 def serve(rank: int, ranks: int, directory: str, args: Namespace) -> None:
@@ -148,28 +130,19 @@ def serve(rank: int, ranks: int, directory: str, args: Namespace) -> None:
         # Threads of gloo share this core. Without SCHED_BATCH some messages take milliseconds more.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
-    free = dist.new_group(backend="fake")
     cases = [(b, *item) for b in args.batch for item in layer_shapes("resnet50", b).items()]
     rows = []
     for batch, shape, count in tqdm(cases[:: 6 if args.quick else 1], disable=rank > 0):
         torch.manual_seed(rank)
-        calls = contestants(shape, args.device, free)
         # The barrier lets all ranks start a sample together.
-        times = interleaved(
-            calls, args.rounds, after_sample=dist.barrier, clock=all_processor_seconds
-        )
+        times = interleaved(contestants(shape), args.rounds, after_sample=dist.barrier)
+        del times["disturbance"]  # which counts the other ranks
         row = {"ranks": ranks, "batch": batch, "shape": results.shape_name(shape)}
         rows.append(row | {"resnet50": count} | times)
     if rank == 0:
         pd.DataFrame(rows).to_csv(f"{directory}/rows.csv", index=False)
     dist.barrier()
     os._exit(0)  # a thread of gloo that releases a tensor while Python shuts down would abort
-
-
-def run(ranks: int, args: Namespace) -> pd.DataFrame:
-    with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(serve, (ranks, directory, args), nprocs=ranks)
-        return pd.read_csv(f"{directory}/rows.csv")
 
 
 def main() -> None:
@@ -181,7 +154,12 @@ def main() -> None:
     environment.start(args)
     args.rounds = 3 if args.quick else args.rounds
     path, machine = args.out / "sync.csv", environment.machine(args)
-    rows = pd.concat([run(ranks, args) for ranks in args.ranks])
+    frames = []
+    for ranks in args.ranks:
+        with tempfile.TemporaryDirectory() as directory:
+            torch.multiprocessing.spawn(serve, (ranks, directory, args), nprocs=ranks)
+            frames.append(pd.read_csv(f"{directory}/rows.csv"))
+    rows = pd.concat(frames)
     results.write(path, machine, rows)
     print(f"{path}\n\n{report.sync_table(rows)}")
 

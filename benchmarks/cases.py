@@ -14,14 +14,12 @@ from results import LAYOUTS, PASSES, shape_name
 GROUPS = (*NETWORKS, "odd", "large")
 USUAL_GROUPS = GROUPS[:-1]  # what a CPU gets through in reasonable time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-USUAL_DTYPES = ("fp32", "bf16")
 
 # Overhead-bound, 2-D, 3-D and 5-D inputs, odd extents, few and many channels, HW of 1.
 ODD = [
     *[(8, 16, 8, 8), (32, 64), (256, 1000), (4096, 64), (1, 64, 56, 56), (4, 17, 13, 13)],
     *[(8, 3, 255, 255), (2, 3, 224, 224), (16, 32, 512), (2, 16, 16, 32, 32), (64, 2048, 1, 1)],
 ]
-LARGE = (16, 64, 256, 256)
 
 
 def layer_shapes(name: str, batch: int = 32, size: int = 224) -> Counter:
@@ -42,7 +40,7 @@ def all_cases(batch: int) -> dict[tuple[int, ...], dict[str, int]]:
     for name in NETWORKS:
         for shape, count in layer_shapes(name, batch).items():
             cases.setdefault(shape, {})[name] = count
-    return cases | {shape: {"odd": 1} for shape in ODD} | {LARGE: {"large": 1}}
+    return cases | {shape: {"odd": 1} for shape in ODD} | {(16, 64, 256, 256): {"large": 1}}
 
 
 def add_case_options(parser, passes, dtypes, shapes, batch=32) -> None:

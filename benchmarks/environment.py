@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes.util
+import gc
 import os
 import platform
 import re
@@ -24,13 +25,11 @@ def loaded_allocator() -> str:
 
 
 def find_tcmalloc() -> str:
-    """A name or path that LD_PRELOAD takes."""
+    """A path for LD_PRELOAD, or only a name, which PyTorch's launcher would drop."""
     for name in "tcmalloc_minimal", "tcmalloc":
-        if found := ctypes.util.find_library(name):
-            return found
-        for directory in LIBRARIES:  # find_library needs ldconfig
-            if paths := sorted(Path("/").glob(f"{directory}/lib{name}.so*")):
-                return str(paths[0])
+        paths = [path for each in LIBRARIES for path in Path("/").glob(f"{each}/lib{name}.so*")]
+        if found := sorted(map(str, paths)) or ctypes.util.find_library(name):
+            return found if isinstance(found, str) else found[0]
     raise SystemExit("tcmalloc was not found. Debian, Ubuntu: apt install libtcmalloc-minimal4")
 
 
@@ -45,6 +44,7 @@ def with_allocator(name: str) -> dict[str, str]:
 def start(args: argparse.Namespace) -> None:
     """Set the threads; start this program again if it has to run under another allocator."""
     torch.set_num_threads(args.threads)
+    gc.freeze()  # later collections need not look at what is there now
     if (name := args.allocator) == "both":
         find_tcmalloc()  # now, not after the first run
         again = [sys.executable, *sys.orig_argv[1:], "--allocator"]
@@ -77,12 +77,9 @@ def search(pattern: str, path: str) -> str | None:
 
 
 def gpu() -> dict[str, str]:
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
+    driver = output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0")
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver} | versions
 
 
 def machine(args: argparse.Namespace) -> dict[str, object]:
@@ -92,24 +89,20 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     on_gpu = args.device == "cuda"
     if on_gpu and not batchnorm_ext._ops.takes(torch.empty(2, 1, device="cuda")):
         raise SystemExit("batchnorm_ext was built without kernels for this GPU: see make gpu")
-    options = {
-        name: value for name in ("rounds", "runs", "quick") if (value := vars(args).get(name))
+    header = gpu() if on_gpu else {}
+    header |= {
+        "cpu": search(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "allocator": loaded_allocator(),
+        "huge pages": search(r"\[(\w+)\]", "/sys/kernel/mm/transparent_hugepage/enabled"),
+        "torch": torch.__version__,
+        "commit": git_commit(),
+        "date": date.today(),
     }
-    return (
-        (gpu() if on_gpu else {})
-        | {
-            "cpu": search(r"^model name\s*: (.*)$", "/proc/cpuinfo") or platform.machine(),
-            "isa": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "allocator": loaded_allocator(),
-            "huge pages": search(r"\[(\w+)\]", "/sys/kernel/mm/transparent_hugepage/enabled"),
-            "torch": torch.__version__,
-            "commit": git_commit(),
-            "date": date.today(),
-        }
-        | options
-    )
+    options = {name: vars(args).get(name) for name in ("rounds", "runs", "quick")}
+    return header | {name: value for name, value in options.items() if value}
 
 
 def path(args: argparse.Namespace, name: str) -> Path:
@@ -118,9 +111,8 @@ def path(args: argparse.Namespace, name: str) -> Path:
 
 
 def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     help = "run under this allocator, or under each in turn (default: the one that is loaded)"
     parser.add_argument("--allocator", choices=(*ALLOCATORS, "both"), help=help)

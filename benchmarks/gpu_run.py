@@ -1,14 +1,11 @@
 """Builds, tests, probes, tunes and measures the CUDA kernels on a GPU, in one command.
 
-    make gpu PYTHON=python3
-    python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu
-    python3 benchmarks/gpu_run.py --dry-run
+    python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu --stages build,layers
 
 Needs a GPU, a CUDA build of torch, nvcc, a C++ compiler and the packages of the bench and test
-groups; a stage that lacks something fails, and the others go on. Nothing is installed. The
-stages come in the order of their worth and share the minutes. The output directory, by default
-benchmarks/results/<gpu>-<date>, has stages.csv (the machine, the outcome of every stage), what
-the other scripts write, and log.txt, which git ignores.
+groups; a stage that lacks something fails, and the others go on. Nothing is installed. The stages
+come in the order of their worth and share the minutes. The output directory has stages.csv (the
+machine, the outcome of every stage), what the other scripts write, and log.txt, which git ignores.
 """
 
 import argparse
@@ -26,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 import environment
 import results
@@ -33,7 +31,6 @@ import results
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_SECONDS = 20  # a stage is not begun with less
 NEEDS = {"test_properties.py": "hypothesis", "test_operators.py": "expecttest"}
-GRAPHS = "test_cuda_graphs.py"  # has stages of its own
 
 
 @dataclass
@@ -43,11 +40,6 @@ class Stage:
     name: str
     minutes: float
     commands: list[str]
-    essential: bool = False  # nothing can follow if it fails
-
-
-def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 class Run:
@@ -67,8 +59,8 @@ class Run:
             self.rows.append(row | {"summary": summary})
             print(f"--- {stage.name}: {status}, {summary}", flush=True)
             results.write(self.out / "stages.csv", self.machine, pd.DataFrame(self.rows))
-            if stage.essential and status != "passed":
-                break
+            if stage.name == "build" and status != "passed":
+                break  # nothing can follow
 
     def attempt(self, stage: Stage) -> tuple[str, str]:
         """The status (passed, failed, cut at its time, skipped), and the summary."""
@@ -80,7 +72,7 @@ class Run:
         status, summary = "passed", ""
         for command in stage.commands:
             code, printed = self.execute(command, end - time.monotonic())
-            summary = last_line(printed) or summary
+            summary = printed.strip().rpartition("\n")[2] or summary
             if code is None:
                 return "cut", summary
             if code != 0:
@@ -106,22 +98,11 @@ class Run:
         return code, printed.partition("\n")[2]
 
 
-def survey() -> dict:
-    if not torch.cuda.is_available():
-        raise SystemExit(f"torch {torch.__version__} finds no CUDA device")
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    if not CUDA_HOME:
-        raise SystemExit("the build needs nvcc, which was not found; CUDA_HOME says where it is")
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    return environment.gpu() | {"capability": capability, "cuda home": CUDA_HOME}
-
-
-def all_stages(found: dict, out: Path) -> list[Stage]:
-    python, capability, home = sys.executable, found["capability"], found["cuda home"]
+def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
+    python = sys.executable
     tests = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
     tests.sort(key=lambda name: "cuda" not in name)  # what only a GPU can show comes first
-    tests = [name for name in tests if name != GRAPHS and find_spec(NEEDS.get(name, "torch"))]
+    tests = [name for name in tests if find_spec(NEEDS.get(name, "torch"))]
     files = " ".join(f"tests/{name}" for name in tests)
     # A kernel that never ends is named after two minutes.
     pytest = f"{python} -m pytest -q --device cuda -p no:cacheprovider -o faulthandler_timeout=120"
@@ -134,52 +115,45 @@ def all_stages(found: dict, out: Path) -> list[Stage]:
     build += f"MAX_JOBS=${{MAX_JOBS:-$(nproc)}} {python} setup.py --quiet build_ext --inplace"
     bench = f"{python} benchmarks/bench.py --device cuda --rounds 7 --out {out} "
     bench += "--pass forward backward eval --dtype bf16 fp16 fp32 "
-    steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50 "
+    steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50"
     probe = [f"{nvcc} benchmarks/probes.cu -o build/probes", f"build/probes > {out}/probes.csv"]
-    layers = ["layers-256 --shapes resnet50 --batch 256"]
-    layers += ["layers-32 --shapes resnet50 mobilenetv2 large"]
+    large, usual = "--shapes resnet50 --batch 256", "--shapes resnet50 mobilenetv2 large"
+    layers = [f"{bench} --name layers-256 {large}", f"{bench} --name layers-32 {usual}"]
     return [
-        Stage("build", 10, [build], essential=True),
-        Stage("correctness", 10, [f"{pytest} {workers} --maxfail=30 {files}"]),
+        Stage("build", 10, [build]),
+        Stage("correctness", 12, [f"{pytest} {workers} --maxfail=30 {files}"]),
         Stage("memcheck", 3, [sanitize.format("memcheck")]),
         Stage("racecheck", 3, [sanitize.format("racecheck")]),
-        Stage("graph", 2, [f"{pytest} tests/{GRAPHS} -k test_graph"]),
-        Stage("streams", 2, [f"{pytest} tests/{GRAPHS} -k test_streams"]),
         Stage("probes", 2, probe),
         Stage("tuning", 6, [f"{python} benchmarks/tune.py --batch 256 32 --out {out}"]),
-        Stage("layers", 8, [f"{bench} --name {each}" for each in layers]),
+        Stage("layers", 8, layers),
         Stage("training steps", 6, [f"{steps} --batch 128 --dtype bf16"]),
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-<date>")
     parser.add_argument("--stages", help="comma-separated names of some; all by default")
     parser.add_argument("--dry-run", action="store_true", help="print the commands for an H200")
     args = parser.parse_args()
-    dry = {"gpu": "NVIDIA H200", "capability": "9.0", "cuda home": "/usr/local/cuda"}
-    found = dry if args.dry_run else survey()
-    name = re.sub(r"\W+", "-", found["gpu"].lower())
-    out = (args.out or ROOT / "benchmarks" / "results" / f"{name}-{date.today()}").resolve()
-    todo = all_stages(found, out)
+    machine, capability = {"gpu": "NVIDIA H200"}, "9.0"
+    if not args.dry_run:
+        if not torch.cuda.is_available() or not CUDA_HOME:
+            raise SystemExit(f"torch {torch.__version__} finds no GPU, or no nvcc (CUDA_HOME)")
+        machine, capability = environment.gpu(), "{}.{}".format(*torch.cuda.get_device_capability())
+    name = re.sub(r"\W+", "-", machine["gpu"].lower())
+    out = (args.out or results.RESULTS / f"{name}-{date.today()}").resolve()
+    todo = all_stages(capability, CUDA_HOME or "/usr/local/cuda", out)
     if args.stages:
         todo = [stage for stage in todo if stage.name in args.stages.split(",")]
     if args.dry_run:
-        for stage in todo:
-            print(f"{stage.name}, at most {stage.minutes} minutes")
-            print("\n".join(f"    {command}" for command in stage.commands))
+        print(*todo, sep="\n")
         return
-    nvcc = last_line(environment.output(f"{found.pop('cuda home')}/bin/nvcc --version"))
-    machine = found | {"torch": torch.__version__, "nvcc": nvcc}
-    machine |= {"commit": environment.git_commit(), "date": date.today()}
-    run = Run(out, machine, args.minutes)
-    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    machine |= {"torch": torch.__version__, "commit": environment.git_commit()}
+    run = Run(out, machine | {"date": date.today()}, args.minutes)
     run.run(todo)
-    run.execute(f"{sys.executable} benchmarks/report.py --gpu {out}", 60)
     print(f"results: {out}")
     sys.exit(any(row["status"] == "failed" for row in run.rows))
 

@@ -2,14 +2,12 @@
 
     python benchmarks/model.py --allocator both
     python benchmarks/model.py --networks resnet50 --layout nchw --dtype bf16 --modes eager
-    python benchmarks/model.py --networks resnet50 --device cuda --dtype bf16 --batch 128
     python benchmarks/model.py --settings
 
 A step is forward, cross entropy, backward and SGD with momentum, on random images. All copies of a
 network start from the same weights. bf16 and fp16 run under autocast. Writes steps-<allocator>.csv
-(steps.csv on a GPU), a line per network, dtype and layout, in milliseconds per step.
-
-`--settings` measures eager ResNet-50 steps under each of SETTINGS and writes settings.csv.
+(steps.csv on a GPU), milliseconds per step. `--settings` measures eager ResNet-50 steps under each
+of SETTINGS instead, and writes settings.csv.
 """
 
 import copy
@@ -38,20 +36,20 @@ from timing import interleaved
 
 MODES = ("eager", "compiled")
 LAUNCHER = ["-m", "torch.backends.xeon.run_cpu"]
-SETTINGS = [  # allocator, environment variable, launcher
-    ("glibc", None, []),
-    ("glibc", ("THP_MEM_ALLOC_ENABLE", "1"), []),
-    ("glibc", ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"), []),
-    ("glibc", None, LAUNCHER),
-    ("tcmalloc", None, []),
-    ("tcmalloc", None, LAUNCHER),
+SETTINGS = [  # allocator, environment variables, launcher
+    ("glibc", {}, []),
+    ("glibc", {"THP_MEM_ALLOC_ENABLE": "1"}, []),
+    ("glibc", {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, []),
+    ("glibc", {}, LAUNCHER),
+    ("tcmalloc", {}, []),
+    ("tcmalloc", {}, LAUNCHER),
 ]
 
 
 def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Callable[[], float]:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    low = dtype is not torch.float32
-    autocast = torch.autocast(images.device.type, dtype=dtype if low else None, enabled=low)
+    low = None if dtype is torch.float32 else dtype
+    autocast = torch.autocast(images.device.type, dtype=low, enabled=low is not None)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -82,11 +80,11 @@ def measure(name: str, dtype: str, layout: str, args: Namespace, bar: tqdm) -> l
     bar.set_description(f"{name} {dtype} {layout}")
     times = interleaved(steps, args.rounds, after_sample=bar.update)
     row = {"network": name, "dtype": dtype, "layout": layout, "batch": args.batch}
-    rest = {"disturbance": times["disturbance"]}
-    return [
-        row | {"mode": mode, **{key: times[f"{key} {mode}"] for key in ("native", "ours")}} | rest
-        for mode in args.modes
+    rows = [
+        row | {"mode": m, "native": times[f"native {m}"], "ours": times[f"ours {m}"]}
+        for m in args.modes
     ]
+    return [each | {"disturbance": times["disturbance"]} for each in rows]
 
 
 def run(args: Namespace) -> None:
@@ -107,10 +105,10 @@ def run_settings(args: Namespace) -> None:
     options = ["--networks", "resnet50", "--modes", "eager", "--batch", str(args.batch)]
     options += ["--rounds", str(args.rounds), "--size", str(args.size)]
     frames = []
-    for allocator, variable, launcher in SETTINGS:
-        name = ", ".join([allocator, *(["=".join(variable)] if variable else []), *launcher[1:]])
+    for allocator, variables, launcher in SETTINGS:
+        name = ", ".join([allocator, *map("=".join, variables.items()), *launcher[1:]])
         print(name, flush=True)
-        variables = environment.with_allocator(allocator) | dict([variable] if variable else [])
+        variables = environment.with_allocator(allocator) | variables
         with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, *launcher, __file__, *options, "--out", out]
             subprocess.run(command, env=variables, check=True)

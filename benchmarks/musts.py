@@ -23,11 +23,8 @@ STEPS = {  # native / converted, eager training step in fp32, nchw and nhwc
 }
 # On an H200: floor / ours, forward and backward, by layout and MB. Channels-last layers of 56x56
 # and 112x112 at batch 256 exceed what a GPU keeps on chip.
-SHARES = {
-    ("nchw", 100, 1e9): (0.80, 0.80),
-    ("nchw", 25, 100): (0.65, 0.65),
-    ("nhwc", 50, 1e9): (0.70, 0.70),
-}
+SHARES = {("nchw", 100, 1e9): (0.80, 0.80), ("nchw", 25, 100): (0.65, 0.65)}
+SHARES |= {("nhwc", 50, 1e9): (0.70, 0.70)}
 SHARES_WIDE = (0.60, 0.52)
 SMALL_US = 8.0  # forward, NCHW up to 6.4 MB
 # native / ours, geometric mean over the ResNet-50 shapes, forward and backward
@@ -102,13 +99,13 @@ def gpu_verdicts(rows: pd.DataFrame) -> list[list[str]]:
     verdicts = [
         least(select(group, what), f"{what} {name}", must, **share)
         for name, group, limits in groups
-        for what, must in zip(("forward", "backward"), limits, strict=True)
+        for what, must in zip(PASSES[:2], limits, strict=True)
     ]
     small = select(rows[(rows.layout == "nchw") & (rows.mb <= 6.4)], "forward")
     slowest, where = worst(small, "ours", largest=True)
     name = f"forward nchw <= 6.4 MB, slowest of {len(small)} cases, microseconds"
     verdicts.append(verdict(name, 1e3 * slowest, SMALL_US, where=where, at_most=True))
     for kind, limits in GPU_SPEEDUPS.items():
-        pairs = zip(("forward", "backward"), limits, strict=True)
+        pairs = zip(PASSES[:2], limits, strict=True)
         verdicts += [average(rows, what, kind, must) for what, must in pairs]
     return verdicts + [least(select(rows, what), what, 1.0) for what in PASSES[:3]]

@@ -1,9 +1,5 @@
-"""ResNet-50 and MobileNetV2 in plain torch.nn: where the layer shapes and the step times come from.
-
-ResNet-50: He et al. 2015 (https://arxiv.org/abs/1512.03385), with the stride in the 3x3
-convolution, as is usual today. MobileNetV2: Sandler et al. 2018, table 2
-(https://arxiv.org/abs/1801.04381), width 1.
-"""
+"""ResNet-50 (He et al. 2015, https://arxiv.org/abs/1512.03385), with the stride in the 3x3
+convolution, and MobileNetV2 (Sandler et al. 2018, https://arxiv.org/abs/1801.04381) of width 1."""
 
 from torch import Tensor, nn
 

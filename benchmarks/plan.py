@@ -1,8 +1,6 @@
-"""The launch plans of the CUDA kernels, computed without a GPU and without nvcc.
+"""The launch plans of the CUDA kernels, without a GPU, by plan.cpp, which is compiled at first use.
 
-They come from a small program around csrc/cuda/plan.h, compiled at first use. The environment
-variable BATCHNORM_EXT_CUDA_PLAN changes them as it changes those of the kernels; a wrong one is a
-ValueError.
+BATCHNORM_EXT_CUDA_PLAN changes them as it does for the kernels; a wrong one is a ValueError.
 """
 
 import os
@@ -44,7 +42,7 @@ class Gpu:
         return [self.architecture, self.sms, *shared, self.l2 << 20, self.cooperative]
 
 
-# From NVIDIA's architecture white papers and data sheets.
+# From NVIDIA's architecture white papers.
 A100 = Gpu("A100 80GB SXM", 80, 108, 164, 163, 40)
 GPUS = {"h200": Gpu("H200", 90, 132, 228, 227, 50), "a100": A100}
 

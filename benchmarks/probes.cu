@@ -1,17 +1,12 @@
-// What a GPU can do, as far as csrc/cuda/plan.h decides by it. Prints CSV.
-//
-//   nvcc -O3 -std=c++20 -arch=sm_90 benchmarks/probes.cu -o build/probes && build/probes
-//
+// What decides the constants of csrc/cuda/plan.h, as CSV. Launches are timed in graphs, over buffers larger than the L2
+// cache:
 //   launch   microseconds of a kernel that does nothing, plain and cooperative
 //   copy     bandwidth against size (MB) and blocks per multiprocessor: is kBlocksPerSm enough?
 //   barrier  nanoseconds of the barrier of team.cuh against the blocks of a team: kLeastChunkBytes
-//
-// Launches are timed in graphs, over buffers larger than the L2 cache.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <source_location>
-#include <vector>
 
 #include "../csrc/cuda/team.cuh"
 
@@ -32,12 +27,15 @@ struct Chip {
   int sms;
   uint4 *source, *target;
   cudaStream_t stream;
+  cudaEvent_t begin, end;
 
   Chip() {
     check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     check(cudaMalloc(&source, kArena));
     check(cudaMalloc(&target, kArena));
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    check(cudaEventCreate(&begin));
+    check(cudaEventCreate(&end));
     check(cudaMemsetAsync(source, 1, kArena, stream));
     check(cudaMemsetAsync(target, 0, kArena, stream));
   }
@@ -51,10 +49,7 @@ struct Chip {
     for (int i = 0; i < calls; ++i) launch(i);
     check(cudaStreamEndCapture(stream, &graph));
     check(cudaGraphInstantiate(&executable, graph, 0));
-    cudaEvent_t begin, end;
-    check(cudaEventCreate(&begin));
-    check(cudaEventCreate(&end));
-    std::vector<float> times(8);
+    float times[8];
     for (float& milliseconds : times) {
       check(cudaEventRecord(begin, stream));
       check(cudaGraphLaunch(executable, stream));
@@ -62,7 +57,7 @@ struct Chip {
       check(cudaEventSynchronize(end));
       check(cudaEventElapsedTime(&milliseconds, begin, end));
     }
-    std::sort(times.begin() + 1, times.end());  // the first one warms up
+    std::sort(times + 1, times + 8);  // the first one warms up
     return 1e3 * times[4] / calls;
   }
 

@@ -24,7 +24,7 @@ DISTURBED = 0.1  # a measurement is disturbed if other processes used more of th
 ALLOCATORS = ("glibc", "tcmalloc")
 KINDS = [f"{dtype} {layout}" for dtype in results.DTYPES for layout in LAYOUTS]
 SIZES = {">= 100 MB": (100, 1e9), "25 to 100 MB": (25, 100), "< 25 MB": (0, 25)}
-COMPARED = ("native", "converted", "x native")
+COMPARED = ("native, ms", "converted, ms", "x native")
 
 
 def table(lines: list[list], header: list[str]) -> str:
@@ -39,15 +39,8 @@ def cell(value) -> str:
     return "" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def duration(milliseconds: float) -> str:
-    for scale, unit in (1e-3, "s"), (1, "ms"), (1e3, "us"):
-        if milliseconds * scale >= 1:
-            return f"{milliseconds * scale:.3g} {unit}"
-    return ""
-
-
 def compared(native: float, ours: float) -> list:
-    return [duration(native), duration(ours), native / ours]
+    return [f"{native:.4g}", f"{ours:.4g}", native / ours]
 
 
 def overview(files: dict[str, pd.DataFrame]) -> str:
@@ -63,7 +56,7 @@ def overview(files: dict[str, pd.DataFrame]) -> str:
             total = group[["native", "ours"]].mul(group.resnet50, axis=0).sum()
             lines.setdefault(f"ResNet-50, all layers, {kind}", {})[allocator] = compared(*total)
     cells = [
-        [name, *(value for a in ALLOCATORS for value in found.get(a, [""] * 3))]
+        [name, *sum((found.get(a, [""] * 3) for a in ALLOCATORS), [])]
         for name, found in lines.items()
     ]
     return table(cells, ["", *(f"{a}: {column}" for a in ALLOCATORS for column in COMPARED)])
@@ -87,28 +80,22 @@ def layer_table(rows: pd.DataFrame) -> str:
     return table(lines, [*header, "MobileNetV2, x native", "least x native"])
 
 
-def shapes_table(rows: pd.DataFrame, network: str = "resnet50") -> str:
-    """Every layer shape: speed-up over native / time over the floor."""
-    rows = select(rows, network=network)
-    rows = rows[rows["pass"] != "module"]
-    cells = rows.x.map("{:.2f}".format) + " / " + rows.over_floor.map("{:.2f}".format)
+def shapes_table(rows: pd.DataFrame) -> str:
+    """Every layer shape of ResNet-50: speed-up over native / time over the floor."""
+    rows = select(rows[rows["pass"] != "module"], network="resnet50")
+    cells = [f"{x:.2f} / {floor:.2f}" for x, floor in zip(rows.x, rows.over_floor, strict=True)]
     columns = rows["pass"] + " " + rows.kind
-    frame = pd.crosstab(rows["shape"], columns, cells, aggfunc="first")
-    frame = frame.loc[rows["shape"].unique(), columns.unique()]
-    frame.insert(0, "layers", rows.drop_duplicates("shape").set_index("shape")[network])
-    frame = frame.reset_index()
+    frame = rows.assign(column=columns, cell=cells).pivot(
+        index="shape", columns="column", values="cell"
+    )
+    frame = frame.reindex(index=rows["shape"].unique(), columns=columns.unique()).reset_index()
     return table(frame.values.tolist(), list(frame))
 
 
 def step_table(rows: pd.DataFrame) -> str:
-    lines = [
-        [
-            f"{r.network}, {r.dtype} {r.layout}, batch {r.batch}, {r.mode}",
-            *compared(r.native, r.ours),
-        ]
-        for r in rows.itertuples()
-    ]
-    return table(lines, ["training step", *COMPARED])
+    found = rows.itertuples(index=False)
+    lines = [[" ".join(map(str, row[:5])), *compared(row.native, row.ours)] for row in found]
+    return table(lines, ["network, dtype, layout, batch, mode", *COMPARED])
 
 
 def settings_table(rows: pd.DataFrame) -> str:
@@ -126,12 +113,11 @@ def sync_table(rows: pd.DataFrame) -> str:
     lines = []
     for (ranks, batch), group in rows.groupby(["ranks", "batch"]):
         group = group.loc[group.index.repeat(group.resnet50)]
-        ratios = group.native / group.ours, group.plain / group.ours
-        overhead = (group.free - group.calls) / group.local
-        means = map(mean, [*ratios, overhead])
-        lines.append([f"{ranks} ranks, batch {batch} each", duration(group.ours.sum()), *means])
-    header = ["", "all layers", "x native's algorithm", "x plain PyTorch"]
-    return table(lines, [*header, "without the collectives, time / local layer"])
+        ratios = group.native / group.ours, group.plain / group.ours, group.ours / group.local
+        name = f"{ranks} ranks, batch {batch} each"
+        lines.append([name, f"{group.ours.sum():.4g}", *map(mean, ratios)])
+    header = ["", "all layers, ms", "x native's algorithm", "x plain PyTorch", "time / local layer"]
+    return table(lines, header)
 
 
 def must_table(verdicts: list[list[str]]) -> str:
@@ -142,8 +128,8 @@ def layer_report(rows: pd.DataFrame) -> str:
     """What bench.py prints at its end."""
     verdicts = (musts.gpu_verdicts if "gpu" in rows.attrs else musts.layer_verdicts)(rows)
     met, missed = (sum(word in line for line in verdicts) for word in ("PASS", "MISS"))
-    tables = f"{layer_table(rows)}\n\n{must_table(verdicts)}"
-    return f"{tables}\n\n{met} of {met + missed} musts met"
+    parts = layer_table(rows), must_table(verdicts), f"{met} of {met + missed} musts met"
+    return "\n\n".join(parts)
 
 
 def described(machine: dict) -> str:
@@ -151,7 +137,8 @@ def described(machine: dict) -> str:
 
 
 def machine_line(name: str, rows: pd.DataFrame) -> str:
-    disturbed = int((rows.disturbance > DISTURBED).sum())
+    """How a file was measured; refuses one with more than a tenth of its rows disturbed."""
+    disturbed = int((rows.get("disturbance", pd.Series()) > DISTURBED).sum())
     if disturbed > len(rows) / 10:
         raise SystemExit(f"{name}: {disturbed} of {len(rows)} rows were disturbed: measure again")
     used = f"other processes used more than {DISTURBED:.0%} of the processors"
@@ -182,10 +169,8 @@ def blocks(directory: Path) -> dict[str, str]:
     files = load(directory)
     keys = ("cpu", "cores", "torch", "commit", "date")
     machines = {described({key: rows.attrs[key] for key in keys}) for rows in files.values()}
-    found = {
-        "machine": " ".join(sorted(machines)),
-        "machines": "\n".join(machine_line(*item) for item in files.items()),
-    }
+    found = {"machine": " ".join(sorted(machines))}
+    found["machines"] = "\n".join(machine_line(*item) for item in files.items())
     if any(name.startswith(("layers", "steps")) for name in files):
         found["results"] = overview(files)
     tables = {"settings": settings_table, "sync": sync_table}
@@ -213,17 +198,11 @@ def fill(text: str, found: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--results", type=Path, default=results.RESULTS)
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs are")
-    parser.add_argument("--gpu", type=Path, help="print the tables of a directory of gpu_run.py")
     args = parser.parse_args()
-    if args.gpu:
-        print(gpu_block(args.gpu))
-        return
     found, different = blocks(args.results), []
     for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
         text = path.read_text()

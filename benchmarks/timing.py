@@ -63,14 +63,11 @@ def interleaved(
     sample_seconds: float = 0.0,
     after_sample: Call = lambda: None,
     sample: Sample = sample,
-    clock: Callable[[], tuple[float, float]] = processor_seconds,
 ) -> dict[str, float]:
     """Median milliseconds of each call, and the share of the processors that others used.
 
-    Every round samples each contestant once. The order rotates, so that no contestant always runs
-    on the caches and the heap of the same neighbour. A sample repeats a short call until it lasts
-    `sample_seconds`. With as many threads as cores, another process makes each parallel loop wait
-    for a time slice: milliseconds, where a small layer takes microseconds.
+    Every round samples each call once, in an order that rotates, so that no call always follows the
+    same one. A sample repeats a short call until it lasts `sample_seconds`.
     """
     repetitions = {}
     for name, call in calls.items():
@@ -81,15 +78,16 @@ def interleaved(
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with no_gc():
-        before = clock()
+        before = processor_seconds()
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(sample(calls[name], repetitions[name]))
                 after_sample()
-        total, others = (b - a for a, b in zip(before, clock(), strict=True))
-    disturbance = {"disturbance": max(others / total, 0.0) if total else 0.0}
-    return {name: 1e3 * median(times) for name, times in samples.items()} | disturbance
+        total, others = (b - a for a, b in zip(before, processor_seconds(), strict=True))
+    disturbance = max(others / total, 0.0) if total else 0.0
+    times = {name: 1e3 * median(seconds) for name, seconds in samples.items()}
+    return times | {"disturbance": disturbance}
 
 
 def working_sets(bytes_per_call: int) -> int:

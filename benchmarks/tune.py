@@ -1,13 +1,10 @@
 """Times launch plans other than those that the rules of csrc/cuda/plan.h choose, on a GPU.
 
-    python benchmarks/tune.py --batch 32 256 --dtype bf16
-
 For each case first the policy and the width of a group, then the blocks of a team, then who adds up
-their sums. Writes tuning.csv: the plan of the rules, the best plan found, its gain. A plan can be
-tried in any program with the environment variable BATCHNORM_EXT_CUDA_PLAN.
+their sums. Writes tuning.csv: the plan of the rules, the best plan found, its gain, and its value
+of the environment variable BATCHNORM_EXT_CUDA_PLAN, by which any program can try it.
 """
 
-import gc
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +15,6 @@ from tqdm import tqdm
 
 import batchnorm_ext
 import environment
-import report
 import results
 import timing
 from bench import layer_of, make_call, make_sets
@@ -103,19 +99,16 @@ def tune(case: dict, args, gpu: Gpu) -> Iterator[dict]:
 
 def main() -> None:
     parser = environment.make_parser(__doc__, rounds=5)
-    passes = ["forward", "backward"]
-    add_case_options(parser, passes, dtypes=["bf16"], shapes=["resnet50"], batch=256)
+    add_case_options(parser, ["forward", "backward"], ["bf16"], ["resnet50"], batch=256)
     parser.set_defaults(device="cuda")
     args = parser.parse_args()
     machine, gpu, rows = environment.machine(args), this_gpu(), []
-    gc.freeze()  # the many collections to come need not look at what is there now
     with torch.cuda.stream(torch.cuda.Stream()):
         for case in tqdm(chosen_cases(args), unit="case", file=sys.stderr):
             rows += tune(case, args, gpu)
             results.write(args.out / "tuning.csv", machine, pd.DataFrame(rows))
     frame = pd.DataFrame(rows)
-    print(report.table(frame.values.tolist(), list(frame)))
-    print(f"best plans against the rules: x {results.mean(frame.gain):.2f}")
+    print(frame.to_string(), f"\nbest plans against the rules: x {results.mean(frame.gain):.2f}")
 
 
 if __name__ == "__main__":
