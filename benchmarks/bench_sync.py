@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import batchnorm_ext
 import environment
@@ -132,7 +131,7 @@ def serve(rank: int, ranks: int, directory: str, args: Namespace) -> None:
     dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
     cases = [(b, *item) for b in args.batch for item in layer_shapes("resnet50", b).items()]
     rows = []
-    for batch, shape, count in tqdm(cases[:: 6 if args.quick else 1], disable=rank > 0):
+    for batch, shape, count in cases[:: 6 if args.quick else 1]:
         torch.manual_seed(rank)
         # The barrier lets all ranks start a sample together.
         times = interleaved(contestants(shape), args.rounds, after_sample=dist.barrier)
