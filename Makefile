@@ -25,13 +25,13 @@ MINUTES ?= 40
 
 # All of them change the same environment.
 .NOTPARALLEL:
-.PHONY: help demo demo-ddp test lint format bench gpu cuda-check clean
+.PHONY: help demo demo-ddp test lint format tables bench gpu cuda-check clean
 
 help:
 	@echo 'make demo        train on real images with native, converted and no BatchNorm -> demo.png'
 	@echo 'make demo-ddp    train in 2 processes with and without SyncBatchNorm -> demo_ddp.png'
 	@echo 'make test        build in place and run the tests    (PYTEST="-k convert" picks some)'
-	@echo 'make lint        check style                         (make format mends it)'
+	@echo 'make lint        check style and measured tables     (make format and make tables mend it)'
 	@echo 'make bench       measure layers and training steps   (BENCH=--quick for a smoke run)'
 	@echo 'make gpu         test, tune and measure the CUDA kernels on a GPU  (MINUTES=40)'
 	@echo 'make cuda-check  build the CUDA kernels with nvcc; needs no GPU'
@@ -47,13 +47,16 @@ demo-ddp: $(BUILT) $(VENV)/.demo
 test: $(BUILT) $(VENV)/.test
 	$(PY) -m pytest $(PYTEST)
 
+# Both sides of each comparison under glibc, then under tcmalloc.
 bench: $(BUILT) $(VENV)/.bench
-	mkdir -p $(RUNS)
-	$(PY) benchmarks/bench.py $(BENCH) --json $(RUNS)/layers.json --plot $(RUNS)/layers.png
-	$(PY) benchmarks/bench.py $(BENCH) --mapped --json $(RUNS)/mapped.json
-	$(PY) benchmarks/bench_sync.py $(if $(BENCH),--ranks 2 --batch 2 --rounds 3) \
-	--json $(RUNS)/sync.json --plot $(RUNS)/sync.png
-	$(PY) benchmarks/model.py $(if $(BENCH),--batch 2 --rounds 1) --json $(RUNS)/steps.json
+	$(PY) benchmarks/bench.py --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
+	$(PY) benchmarks/model.py --allocator both --out $(RUNS) $(BENCH)
+	$(PY) benchmarks/model.py --settings --out $(RUNS) $(BENCH)
+	$(PY) benchmarks/bench_sync.py --allocator tcmalloc --out $(RUNS) $(BENCH)
+
+# The tables of README.md and docs, from benchmarks/results.
+tables: $(VENV)/.lint
+	$(PY) benchmarks/report.py
 
 # With the Python, the torch and the nvcc at hand: nothing is installed.
 gpu:
@@ -63,6 +66,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CODE) $(TEST_CODE)
+	$(PY) benchmarks/report.py --check
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .

@@ -1,248 +1,166 @@
-"""SyncBatchNorm against its peers: one layer forward and backward on several ranks.
+"""SyncBatchNorm against its peers: one layer, forward and backward, on several ranks.
 
-    python benchmarks/bench_sync.py --json sync.json --plot sync.png
-    python benchmarks/bench_sync.py --ranks 2 --batch 2 --rounds 5
-    python benchmarks/bench_sync.py --device cuda --ranks 2
+    python benchmarks/bench_sync.py --allocator tcmalloc --ranks 2 4
 
-Over the layer shapes of ResNet-50, with a small batch, a core and a thread on each rank of a gloo
-process group. All contestants but "plain torch" run the same local kernels; "free messages" is our
-layer in a group whose messages arrive at once, and "free calls" those messages alone; "halves" is
-what it computes and "fused" what the local layer computes, without autograd and messages. On CUDA,
-torch.nn.SyncBatchNorm itself takes part instead of its algorithm. The times of single messages are
-fitted by a cost model (sync_model.py), drawn up to 16,384 ranks.
+Over the layer shapes of ResNet-50 with a small batch, one core and one thread for each rank of a
+gloo process group. Writes sync.csv: milliseconds of this library's SyncBatchNorm ("ours"), of the
+messages of torch.nn.SyncBatchNorm around our kernels ("native"), of the layer in PyTorch operators
+("plain"), and of our BatchNorm2d, which does not synchronize ("local").
 """
 
-import argparse
-import multiprocessing
 import os
-import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
-from time import perf_counter
 
+import pandas as pd
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  (the backend)
-from tqdm import tqdm
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 import batchnorm_ext
-import sync_model
+import environment
+import report
+import results
 from cases import layer_shapes
-from environment import environment
-from mapped import MALLOC
-from networks import NETWORKS
-from results import save, sync_verdicts
-from sync_peers import PEERS
-from tables import sync_table, verdict_table
-from timing import no_gc, processor_seconds
+from timing import interleaved
 
 ops = torch.ops.batchnorm_ext
-WARMUP = 3
+MOMENTUM, EPS = 0.1, 1e-5
 
 
-def kernels(x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """The operators of a step in sequence: ours, and those of the local layer."""
-    weight, bias, mean, var = (x.new_ones(x.shape[1]) for _ in range(4))
-    parameters = weight, bias, mean, var, torch.tensor(0, device=x.device)
-
-    def halves() -> None:
-        sums = ops.moments(x)
-        y, stats = ops.apply_update(x, *parameters, sums, 0.1, 1e-5)
-        grads = ops.grad_moments(dy, x, stats)
-        dx = ops.grad_apply(dy, x, weight, stats, grads, sums[-1:])
-        del y, dx
-
-    def fused() -> None:
-        y, stats = ops.batch_norm_update(x, *parameters, 0.1, 1e-5)
-        dx, *_ = ops.batch_norm_backward(dy, x, weight, stats, True, [True] * 3)
-        del y, dx
-
-    return {"halves": halves, "fused": fused}
+def gather_statistics(sums: Tensor) -> Tensor:
+    """all_gather of [mean, invstd, count] in float32 without empty ranks, then the merge."""
+    count, channels = sums[-1:], sums.numel() // 4
+    mean, square = (sums[:-1].view(2, 2, channels).sum(1) / count).unbind()
+    combined = torch.cat([mean, (square - mean.square() + EPS).rsqrt(), count]).float()
+    gathered = [torch.empty_like(combined) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, combined)
+    gathered = torch.stack(gathered)
+    gathered = gathered[gathered[:, -1] >= 1].double()
+    means, invstds, counts = gathered.split([channels, channels, 1], dim=1)
+    # merged in the form that the local kernel takes, in which each sum has a second part
+    squares = invstds.pow(-2) - EPS + means.square()
+    merged = torch.stack([means, squares], 1).mul(counts[:, None]).sum(0)
+    return torch.cat([F.pad(merged[:, None], (0, 0, 0, 1)).flatten(), counts.sum(0)])
 
 
-def free_calls(group, channels: int, device: str) -> Callable[[], object]:
-    """What PyTorch takes to send our two messages in a group where they arrive at once."""
-    sizes = 4 * channels + 1, 2 * channels
-    sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
+class Native(torch.autograd.Function):
+    """The messages of torch.nn.SyncBatchNorm, which refuses CPU tensors, around our kernels."""
 
-    def run() -> None:
-        for message in sums:
-            group.allreduce(message).wait()
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var):
+        sums = gather_statistics(ops.moments(x))
+        state = running_mean, running_var, None
+        y, stats = ops.apply_update(x, weight, bias, *state, sums, MOMENTUM, EPS)
+        ctx.save_for_backward(x, weight, stats, sums[-1:])
+        return y
 
-    return run
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, stats, count = ctx.saved_tensors
+        local = ops.grad_moments(dy, x, stats)
+        dbias, dweight = local.float().chunk(2)
+        total = local.float()
+        dist.all_reduce(total)
+        dx = ops.grad_apply(dy, x, weight, stats, total.double(), count)
+        return dx, dweight, dbias, None, None
 
 
-def contestants(shape: tuple[int, ...], device: str, free) -> dict[str, Callable[[], object]]:
+class AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward  # the gradient is added up over the ranks as well
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor):
+    """As in detectron2's NaiveSyncBatchNorm: mean and mean of squares of equal batches, averaged
+    over the ranks by a differentiable all_reduce."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    means = torch.cat([x.mean(dims), (x * x).mean(dims)])
+    mean, square = (AllReduce.apply(means) / dist.get_world_size()).chunk(2)
+    variance = square - mean * mean
+    running_mean += MOMENTUM * (mean.detach() - running_mean)
+    running_var += MOMENTUM * (variance.detach() - running_var)
+    scale = weight * torch.rsqrt(variance + EPS)
+    shift = bias - mean * scale
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    return x * scale.view(shape) + shift.view(shape)
+
+
+def contestants(shape: tuple[int, ...]) -> dict[str, Callable[[], object]]:
     channels = shape[1]
-    x = torch.randn(shape, device=device, requires_grad=True)
-    dy = torch.randn(shape, device=device)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
 
-    def step(layer: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    def step(layer: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = None
             layer(x).backward(dy)
-            if device == "cuda":
-                torch.cuda.synchronize()
 
         return run
 
-    layers = {
-        "ours": batchnorm_ext.SyncBatchNorm(channels),
-        "free messages": batchnorm_ext.SyncBatchNorm(channels, process_group=free),
-        "local": batchnorm_ext.BatchNorm2d(channels),
-    }
-    if device == "cuda":
-        layers["native"] = nn.SyncBatchNorm(channels)
-    calls = {name: step(layer.to(device)) for name, layer in layers.items()}
-    for name, peer in PEERS.items() if device == "cpu" else ():
+    def peer(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         weight, bias = (torch.ones(channels, requires_grad=True) for _ in range(2))
-        state = torch.zeros(channels), torch.ones(channels), dist.group.WORLD
-        calls[name] = step(lambda x, peer=peer, a=(weight, bias, *state): peer(x, *a))
-    return calls | {"free calls": free_calls(free, channels, device)} | kernels(x.detach(), dy)
+        mean, var = torch.zeros(channels), torch.ones(channels)
+        return lambda x: function(x, weight, bias, mean, var)
 
-
-def messages(channels: int, ranks: int) -> dict[str, Callable[[], object]]:
-    """The single messages of the contestants' forwards."""
-    ours = torch.zeros(4 * channels + 1, dtype=torch.float64)
-    native = torch.zeros(2 * channels + 1)
-    gathered = [torch.empty_like(native) for _ in range(ranks)]
     return {
-        "all_reduce float64": lambda: dist.all_reduce(ours),
-        "all_reduce float32": lambda: dist.all_reduce(native),
-        "all_gather float32": lambda: dist.all_gather(gathered, native),
+        "ours": step(batchnorm_ext.SyncBatchNorm(channels)),
+        "native": step(peer(Native.apply)),
+        "plain": step(peer(plain)),
+        "local": step(batchnorm_ext.BatchNorm2d(channels)),
     }
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds per call; all ranks start each sample together and in the same order."""
-    for call in calls.values():
-        for _ in range(WARMUP):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    with no_gc():
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                dist.barrier()
-                start = perf_counter()
-                calls[name]()
-                samples[name].append(perf_counter() - start)
-    return {name: median(times) for name, times in samples.items()}
-
-
-def disturbance(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """The part of the processors' time that others than the ranks took; see timing.py."""
-    total, others = (b - a for a, b in zip(before, after, strict=True))
-    return max(others / total, 0.0) if total else 0.0
-
-
-def all_processor_seconds() -> tuple[float, float]:
-    total, others = processor_seconds()
-    own = os.times()
-    used = torch.tensor([own.user + own.system], dtype=torch.float64)
-    dist.all_reduce(used)
-    return total, others + own.user + own.system - used.item()
-
-
-def serve(rank: int, ranks: int, store: str, args: argparse.Namespace, pipe) -> None:
-    """One rank; the first one sends the rows."""
+def serve(rank: int, ranks: int, directory: str, args: Namespace) -> None:
+    """One rank. The first one writes the rows."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
-        # else a rank that was waiting may wake up on the core of another, and stay there
+        # Otherwise a rank that was waiting may wake up on the core of another, and stay there.
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
-        # else a message now and then takes some milliseconds more: threads of gloo share this core
+        # Threads of gloo share this core. Without SCHED_BATCH some messages take milliseconds more.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    free = dist.new_group(backend="fake")
-    for batch in args.batch:
-        with torch.device("meta"):
-            network = NETWORKS["resnet50"]()
-        for shape, count in layer_shapes(network, batch).items():
-            torch.manual_seed(rank)
-            before = all_processor_seconds()
-            seconds = timed(contestants(shape, args.device, free), args.rounds)
-            single = timed(messages(shape[1], ranks), args.rounds)
-            row = {
-                "ranks": ranks,
-                "batch": batch,
-                "shape": shape,
-                "layers": count,
-                "seconds": seconds,
-                "messages": single,
-                "disturbance": disturbance(before, all_processor_seconds()),
-            }
-            if rank == 0:
-                pipe.send(row)
+    dist.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=ranks)
+    cases = [(b, *item) for b in args.batch for item in layer_shapes("resnet50", b).items()]
+    rows = []
+    for batch, shape, count in cases[:: 6 if args.quick else 1]:
+        torch.manual_seed(rank)
+        # The barrier lets all ranks start a sample together.
+        times = interleaved(contestants(shape), args.rounds, after_sample=dist.barrier)
+        del times["disturbance"]  # which counts the other ranks
+        row = {"ranks": ranks, "batch": batch, "shape": results.shape_name(shape)}
+        rows.append(row | {"resnet50": count} | times)
+    if rank == 0:
+        pd.DataFrame(rows).to_csv(f"{directory}/rows.csv", index=False)
     dist.barrier()
-    # At once: a thread of gloo that lets go of a tensor while Python shuts down would abort.
-    os._exit(0)
-
-
-def run(ranks: int, args: argparse.Namespace, bar: tqdm) -> list[dict]:
-    context = multiprocessing.get_context("spawn")
-    os.environ.update(MALLOC)  # else whose outputs cost page faults is a matter of luck
-    ours, theirs = context.Pipe()
-    with tempfile.TemporaryDirectory() as directory:
-        store = str(Path(directory) / "store")
-        processes = [
-            context.Process(target=serve, args=(rank, ranks, store, args, theirs))
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        theirs.close()
-        rows = []
-        try:
-            while True:
-                rows.append(ours.recv())
-                bar.update()
-        except EOFError:  # all are done
-            for process in processes:
-                process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed")
-    return rows
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    numbers = {"type": lambda text: [int(part) for part in text.split(",")]}
-    parser.add_argument("--ranks", default=[2, 4], help="comma-separated (2,4)", **numbers)
-    parser.add_argument(
-        "--batch", default=[2, 8], help="per rank, comma-separated (2,8)", **numbers
-    )
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--plot", type=Path, help="draw the cost model into this file")
-    return parser.parse_args()
+    os._exit(0)  # a thread of gloo that releases a tensor while Python shuts down would abort
 
 
 def main() -> None:
-    args = parse_arguments()
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    machine = environment() | {"threads": 1}
-    console.print("\n".join(f"{key}: {value}" for key, value in machine.items()), highlight=False)
-    with tqdm(unit="layer", file=sys.stderr) as bar:
-        rows = [row for ranks in args.ranks for row in run(ranks, args, bar)]
+    parser = environment.make_parser(__doc__, rounds=31)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8], help="of each rank")
+    parser.set_defaults(threads=1)
+    args = parser.parse_args()
+    environment.start(args)
+    args.rounds = 3 if args.quick else args.rounds
+    path, machine = args.out / "sync.csv", environment.machine(args)
+    frames = []
     for ranks in args.ranks:
-        for batch in args.batch:
-            sync_table(rows, ranks, batch).print(console)
-    verdict_table(sync_verdicts(rows)).print(console)
-    model = sync_model.fit(rows)
-    console.print(str(model), highlight=False)
-    if args.json:
-        settings = {"rounds": args.rounds, "device": args.device, "model": model._asdict()}
-        save(args.json, "sync", machine, settings, rows)
-    if args.plot:
-        sync_model.plot(model, rows, args.plot)
+        with tempfile.TemporaryDirectory() as directory:
+            torch.multiprocessing.spawn(serve, (ranks, directory, args), nprocs=ranks)
+            frames.append(pd.read_csv(f"{directory}/rows.csv"))
+    rows = pd.concat(frames)
+    results.write(path, machine, rows)
+    print(f"{path}\n\n{report.sync_table(rows)}")
 
 
 if __name__ == "__main__":

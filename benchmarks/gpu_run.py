@@ -1,303 +1,161 @@
-"""Everything that only a GPU can tell, in one command: builds, checks, probes, tunes, compares.
+"""Builds, tests, probes, tunes and measures the CUDA kernels on a GPU, in one command.
 
-    make gpu PYTHON=python3
-    python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu
-    python3 benchmarks/gpu_run.py --dry-run
+    python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu --stages build,layers
 
-Takes a machine with a GPU, a CUDA build of torch, nvcc and a C++ compiler; no network, and nothing
-is installed. The stages come in the order of their worth and share the minutes. What each found is
-in the output directory when it ends, so that a run that is cut short leaves the rest:
-
-    run.json     the machine and the outcome of every stage
-    log.txt      all that was printed (not for the repository: it holds paths of the machine)
-    *.json       layers, steps, probes, tuning: the measurements
-    roofline.png
-
-Committed as benchmarks/results/<gpu>-<date>/ (the default of --out), they make the README's table:
-`python benchmarks/report.py --gpu`.
+Needs a GPU, a CUDA build of torch, nvcc, a C++ compiler and the packages of the bench and test
+groups; a stage that lacks something fails, and the others go on. Nothing is installed. The stages
+come in the order of their worth and share the minutes. The output directory has stages.csv (the
+machine, the outcome of every stage), what the other scripts write, and log.txt, which git ignores.
 """
 
 import argparse
-import json
 import os
 import re
-import shutil
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
-from stages import ROOT, Run, Stage, Step, json_lines, last_line
+import pandas as pd
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
-SURVEY = """
-import importlib.util, json, platform, torch
-names = "setuptools ninja pytest xdist hypothesis expecttest rich tqdm matplotlib".split()
-result = {
-    "missing": [name for name in names if importlib.util.find_spec(name) is None],
-    "python": platform.python_version(),
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
-    "available": torch.cuda.is_available(),
-}
-if result["available"]:
-    properties = torch.cuda.get_device_properties(0)
-    result |= {
-        "gpu": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cudnn": torch.backends.cudnn.version(),
-    }
-if not {"setuptools", "ninja"} & set(result["missing"]):
-    from torch.utils.cpp_extension import CUDA_HOME
-    result["cuda home"] = CUDA_HOME
-print("survey", json.dumps(result))
-"""
+import environment
+import results
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAST_SECONDS = 20  # a stage is not begun with less
+NEEDS = {"test_properties.py": "hypothesis", "test_operators.py": "expecttest"}
 
 
-def pytest_summary(text: str) -> str:
-    counts = re.findall(r"^.*\d+ (?:passed|failed|error).* in [\d.]+s.*$", text, re.MULTILINE)
-    return counts[-1].strip("= ") if counts else last_line(text)
+@dataclass
+class Stage:
+    """Shell commands that share some minutes at most. The last line they print is the summary."""
+
+    name: str
+    minutes: float
+    commands: list[str]
 
 
-def sanitizer_summary(text: str) -> str:
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-    return f"{found[-1]}; {pytest_summary(text)}" if found else last_line(text)
+class Run:
+    """Runs stages until the minutes are over, and keeps what came of them in stages.csv."""
+
+    def __init__(self, out: Path, machine: dict, minutes: float):
+        self.out, self.machine = out, machine
+        self.deadline = time.monotonic() + 60 * minutes
+        self.rows: list[dict] = []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, todo: list[Stage]) -> None:
+        for stage in todo:
+            begin = time.monotonic()
+            status, summary = self.attempt(stage)
+            row = {"stage": stage.name, "status": status, "seconds": time.monotonic() - begin}
+            self.rows.append(row | {"summary": summary})
+            print(f"--- {stage.name}: {status}, {summary}", flush=True)
+            results.write(self.out / "stages.csv", self.machine, pd.DataFrame(self.rows))
+            if stage.name == "build" and status != "passed":
+                break  # nothing can follow
+
+    def attempt(self, stage: Stage) -> tuple[str, str]:
+        """The status (passed, failed, cut at its time, skipped), and the summary."""
+        left = self.deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            return "skipped", "no time left"
+        print(f"\n=== {stage.name}, {left / 60:.1f} minutes left", flush=True)
+        end = time.monotonic() + min(60 * stage.minutes, left)
+        status, summary = "passed", ""
+        for command in stage.commands:
+            code, printed = self.execute(command, end - time.monotonic())
+            summary = printed.strip().rpartition("\n")[2] or summary
+            if code is None:
+                return "cut", summary
+            if code != 0:
+                status = "failed"  # the next command may work all the same
+        return status, summary
+
+    def execute(self, command: str, seconds: float) -> tuple[int | None, str]:
+        """The exit code, None if it ran out of time, and what it printed, which is passed on."""
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        settings = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+        log = self.out / "log.txt"
+        before = log.stat().st_size if log.exists() else 0
+        shell = f"{{ echo '$' {shlex.quote(command)}; {command}; }} 2>&1 | tee -a {log}"
+        options = {"cwd": ROOT, "env": os.environ | settings, "start_new_session": True}
+        process = subprocess.Popen(["bash", "-o", "pipefail", "-c", shell], **options)
+        try:
+            code = process.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+            process.wait()
+        printed = log.read_bytes()[before:].decode(errors="replace")
+        return code, printed.partition("\n")[2]
 
 
-def probe_summary(text: str) -> str:
-    rows = json_lines(text)
-    copies = [row["gbps"] for row in rows if row["probe"] == "copy"]
-    return f"copies at up to {max(copies):.0f} GB/s" if copies else last_line(text)
-
-
-def verdict_summary(text: str) -> str:
-    met, missed = (len(re.findall(rf"\b{word}\b", text)) for word in ("PASS", "MISS"))
-    return f"{met} of {met + missed} musts met" if met + missed else last_line(text)
-
-
-def tuning_summary(text: str) -> str:
-    gains = re.findall(r"geometric mean\D*([\d.]+)", text)
-    return f"best plans against the rules: x {gains[-1]}" if gains else last_line(text)
-
-
-def step_summary(text: str) -> str:
-    ratios = re.findall(r"resnet50, .*?([\d.]+)\s*│\s*$", text, re.MULTILINE)
-    return f"x native: {', '.join(ratios)}" if ratios else last_line(text)
-
-
-def survey(python: str) -> dict:
-    """What torch and the machine say of themselves."""
-    done = subprocess.run([python, "-c", SURVEY], capture_output=True, text=True)
-    found = re.search(r"^survey (.*)$", done.stdout, re.MULTILINE)
-    if not found:
-        raise SystemExit(f"torch cannot be imported by {python}:\n{done.stderr}")
-    return json.loads(found[1])
-
-
-def last_output(command: list[str]) -> str:
-    """The last line that a command prints, if it is there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return last_line(done.stdout) or "unknown"
-
-
-def sanitizer_of(found: dict) -> str | None:
-    home = Path(found["cuda home"])
-    path = os.pathsep.join([os.environ.get("PATH", ""), str(home / "bin")])
-    return shutil.which("compute-sanitizer", path=path)
-
-
-def check(found: dict) -> None:
-    """Exits where nothing can be done, with what is needed."""
-    if not found["available"]:
-        raise SystemExit(f"torch {found['torch']} finds no CUDA device; a GPU is what this is for")
-    if lacking := {"setuptools", "ninja"} & set(found["missing"]):
-        raise SystemExit(
-            f"the build needs {' and '.join(sorted(lacking))}, which are not installed"
-        )
-    if not found["cuda home"]:
-        raise SystemExit("the build needs nvcc, which was not found; CUDA_HOME says where it is")
-
-
-def all_stages(python: str, found: dict, out: Path) -> list[Stage]:
-    capability = found["capability"]
-    home = Path(found["cuda home"])
-    sanitizer = sanitizer_of(found) or "compute-sanitizer"
+def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
+    python = sys.executable
     tests = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
     tests.sort(key=lambda name: "cuda" not in name)  # what only a GPU can show comes first
-    unable = {"hypothesis": "test_properties.py", "expecttest": "test_operators.py"}
-    left_out = [test for package, test in unable.items() if package in found["missing"]]
-    graphs = "test_cuda_graphs.py"  # has stages of its own
-    files = [f"tests/{name}" for name in tests if name not in [*left_out, graphs]]
-    # A kernel that waits for ever is named after two minutes.
-    pytest = [python, "-m", "pytest", "-q", "--device", "cuda", "-p", "no:cacheprovider"]
-    pytest += ["-o", "faulthandler_timeout=120"]
-    workers = [] if "xdist" in found["missing"] else ["-n", str(min(os.cpu_count(), 8))]
-    checked, tables = ("pytest", "compute-sanitizer"), ("rich", "tqdm")
-
-    def bench(name: str, *options: str) -> Step:
-        command = [python, "benchmarks/bench.py", "--device", "cuda", "--rounds", "7"]
-        command += ["--pass", "forward,backward,eval", "--json", str(out / f"{name}.json")]
-        return Step([*command, *options])
-
-    def steps(name: str, *options: str) -> Step:
-        command = [python, "benchmarks/model.py", "--device", "cuda", "--networks", "resnet50"]
-        command += ["--batch", "128", "--rounds", "9", "--json", str(out / f"{name}.json")]
-        return Step([*command, *options])
-
-    def sanitize(tool: str) -> Step:
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-x"]
-        # Each tensor is an allocation of its own then, with nothing after its end.
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Step([*command, "tests/test_cuda.py", "-k", "test_plan"], environment)
-
-    build = Step(
-        [python, "setup.py", "--quiet", "build_ext", "--inplace"],
-        {
-            "BATCHNORM_EXT_CUDA": "1",
-            "TORCH_CUDA_ARCH_LIST": capability,
-            "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count()),
-        },
-    )
-    nvcc = [str(home / "bin" / "nvcc"), "-O3", "-std=c++20"]
-    nvcc += [f"-arch=sm_{capability.replace('.', '')}"]
-    probes = str(ROOT / "build" / "probes")
-    networks = ["--no-compile", "--dtype", "bf16,fp16,fp32", "--shapes"]
-    low = ["--dtype", "bf16"]
+    tests = [name for name in tests if find_spec(NEEDS.get(name, "torch"))]
+    files = " ".join(f"tests/{name}" for name in tests)
+    # A kernel that never ends is named after two minutes.
+    pytest = f"{python} -m pytest -q --device cuda -p no:cacheprovider -o faulthandler_timeout=120"
+    workers = f"-n {min(os.cpu_count(), 8)}" if find_spec("xdist") else ""
+    # Without PyTorch's cache each tensor is an allocation of its own, and overruns are seen.
+    sanitize = f"PATH=$PATH:{home}/bin PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer"
+    sanitize += " --error-exitcode 9 --tool {} " + f"{pytest} -x tests/test_cuda.py -k test_plan"
+    nvcc = f"{home}/bin/nvcc -O3 -std=c++20 -arch=sm_{capability.replace('.', '')}"
+    build = f"BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST={capability} "
+    build += f"MAX_JOBS=${{MAX_JOBS:-$(nproc)}} {python} setup.py --quiet build_ext --inplace"
+    bench = f"{python} benchmarks/bench.py --device cuda --rounds 7 --out {out} "
+    bench += "--pass forward backward eval --dtype bf16 fp16 fp32 "
+    steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50"
+    probe = [f"{nvcc} benchmarks/probes.cu -o build/probes", f"build/probes > {out}/probes.csv"]
+    large, usual = "--shapes resnet50 --batch 256", "--shapes resnet50 mobilenetv2 large"
+    layers = [f"{bench} --name layers-256 {large}", f"{bench} --name layers-32 {usual}"]
     return [
-        Stage(
-            "build",
-            10,
-            [build],
-            lambda text: last_line(text) or f"for {capability}",
-            essential=True,
-        ),
-        Stage(
-            "correctness",
-            10,
-            [Step([*pytest, *workers, "--maxfail=30", *files])],
-            pytest_summary,
-            needs=("pytest",),
-        ),
-        Stage("memcheck", 3, [sanitize("memcheck")], sanitizer_summary, needs=checked),
-        Stage("racecheck", 3, [sanitize("racecheck")], sanitizer_summary, needs=checked),
-        *(
-            Stage(
-                name,
-                2,
-                [Step([*pytest, f"tests/{graphs}", "-k", f"test_{name}"])],
-                pytest_summary,
-                needs=("pytest",),
-            )
-            for name in ("graph", "streams")
-        ),
-        Stage(
-            "probes",
-            2,
-            [
-                Step([*nvcc, "benchmarks/probes.cu", "-o", probes]),
-                Step([probes], rows=out / "probes.json"),
-            ],
-            probe_summary,
-        ),
-        Stage(
-            "tuning",
-            6,
-            [Step([python, "benchmarks/tune.py", *low, "--json", str(out / "tuning.json")])],
-            tuning_summary,
-            needs=tables,
-        ),
-        Stage(
-            "layers",
-            8,
-            [
-                bench("layers-256", *networks, "resnet50", "--batch", "256"),
-                bench("layers-32", *networks, "resnet50,mobilenetv2,large"),
-            ],
-            verdict_summary,
-            needs=tables,
-        ),
-        Stage(
-            "compiled layers",
-            5,
-            [bench("layers-compiled", *low, "--shapes", "resnet50", "--batch", "256")],
-            verdict_summary,
-            needs=tables,
-        ),
-        Stage(
-            "training steps",
-            6,
-            [steps("steps-eager", *low), steps("steps-compiled", *low, "--compile")],
-            step_summary,
-            needs=tables,
-        ),
+        Stage("build", 10, [build]),
+        Stage("correctness", 12, [f"{pytest} {workers} --maxfail=30 {files}"]),
+        Stage("memcheck", 3, [sanitize.format("memcheck")]),
+        Stage("racecheck", 3, [sanitize.format("racecheck")]),
+        Stage("probes", 2, probe),
+        Stage("tuning", 6, [f"{python} benchmarks/tune.py --batch 256 32 --out {out}"]),
+        Stage("layers", 8, layers),
+        Stage("training steps", 6, [f"{steps} --batch 128 --dtype bf16"]),
     ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<gpu>-<date>")
     parser.add_argument("--stages", help="comma-separated names of some; all by default")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would run on an H200, and no more"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
-    python = sys.executable
-    if args.dry_run:
-        home = "/usr/local/cuda"
-        found = {"gpu": "NVIDIA H200", "capability": "9.0", "missing": [], "cuda home": home}
-    else:
-        found = survey(python)
-        check(found)
-    name = re.sub(r"\W+", "-", found["gpu"].lower())
-    out = (args.out or ROOT / "benchmarks" / "results" / f"{name}-{date.today()}").resolve()
-    todo = all_stages(python, found, out)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands for an H200")
+    args = parser.parse_args()
+    machine, capability = {"gpu": "NVIDIA H200"}, "9.0"
+    if not args.dry_run:
+        if not torch.cuda.is_available() or not CUDA_HOME:
+            raise SystemExit(f"torch {torch.__version__} finds no GPU, or no nvcc (CUDA_HOME)")
+        machine, capability = environment.gpu(), "{}.{}".format(*torch.cuda.get_device_capability())
+    name = re.sub(r"\W+", "-", machine["gpu"].lower())
+    out = (args.out or results.RESULTS / f"{name}-{date.today()}").resolve()
+    todo = all_stages(capability, CUDA_HOME or "/usr/local/cuda", out)
     if args.stages:
-        chosen = args.stages.split(",")
-        if unknown := set(chosen) - {stage.name for stage in todo}:
-            raise SystemExit(f"no stage {', '.join(unknown)} among {[s.name for s in todo]}")
-        todo = [stage for stage in todo if stage.name in chosen]
+        todo = [stage for stage in todo if stage.name in args.stages.split(",")]
     if args.dry_run:
-        for stage in todo:
-            print(f"{stage.name}, at most {stage.minutes} minutes")
-            print("\n".join(f"    {step}" for step in stage.steps))
+        print(*todo, sep="\n")
         return
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    machine = {
-        "gpu": found["gpu"],
-        "driver": last_output(query),
-        "torch": found["torch"],
-        "cuda": found["cuda"],
-        "nvcc": last_output([f"{found['cuda home']}/bin/nvcc", "--version"]),
-        "cudnn": found["cudnn"],
-        "python": found["python"],
-        "commit": last_output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
-        "date": str(date.today()),
-    }
-    missing = set(found["missing"])
-    if not sanitizer_of(found):
-        missing.add("compute-sanitizer")
-    run = Run(out, machine, missing, args.minutes)
-    run.tell("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    if missing:
-        run.tell(f"missing, and what needs it is left out: {', '.join(sorted(missing))}")
+    machine |= {"torch": torch.__version__, "commit": environment.git_commit()}
+    run = Run(out, machine | {"date": date.today()}, args.minutes)
     run.run(todo)
-    if not {"rich", "tqdm"} & missing:
-        report = [python, "benchmarks/report.py", "--gpu", str(out), "--print"]
-        if "matplotlib" not in missing:
-            report += ["--plot", str(out / "roofline.png")]
-        run.execute(Step(report), 60)
-    run.tell(f"results: {out}")
-    sys.exit(any(outcome.status == "failed" for outcome in run.outcomes))
+    print(f"results: {out}")
+    sys.exit(any(row["status"] == "failed" for row in run.rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,5 @@
-"""ResNet-50 and MobileNetV2 in plain torch.nn: where the layer shapes and the step times come from.
-
-ResNet-50: He et al. 2015 (https://arxiv.org/abs/1512.03385), with the stride in the 3x3
-convolution, as is usual today. MobileNetV2: Sandler et al. 2018, table 2
-(https://arxiv.org/abs/1801.04381), width 1.
-"""
-
-from collections import OrderedDict
+"""ResNet-50 (He et al. 2015, https://arxiv.org/abs/1512.03385), with the stride in the 3x3
+convolution, and MobileNetV2 (Sandler et al. 2018, https://arxiv.org/abs/1801.04381) of width 1."""
 
 from torch import Tensor, nn
 
@@ -13,28 +7,18 @@ from torch import Tensor, nn
 def conv_norm(
     c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, act: type | None = nn.ReLU
 ) -> nn.Sequential:
-    layers = [
-        nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(c_out),
-    ]
-    if act is not None:
-        layers.append(act(inplace=True))
-    return nn.Sequential(*layers)
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([act(inplace=True)] if act else []))
 
 
 class Bottleneck(nn.Module):
     """1x1 reduce, 3x3, 1x1 expand by four, added to the (projected) input."""
 
-    expansion = 4
-
     def __init__(self, c_in: int, width: int, stride: int):
         super().__init__()
-        c_out = width * self.expansion
-        self.body = nn.Sequential(
-            conv_norm(c_in, width, 1),
-            conv_norm(width, width, 3, stride),
-            conv_norm(width, c_out, 1, act=None),
-        )
+        c_out = 4 * width
+        layers = conv_norm(c_in, width, 1), conv_norm(width, width, 3, stride)
+        self.body = nn.Sequential(*layers, conv_norm(width, c_out, 1, act=None))
         same = c_in == c_out and stride == 1
         self.shortcut = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride, act=None)
         self.act = nn.ReLU(inplace=True)
@@ -50,53 +34,39 @@ class InvertedResidual(nn.Module):
         super().__init__()
         width = c_in * expansion
         expand = [conv_norm(c_in, width, 1, act=nn.ReLU6)] if expansion != 1 else []
-        self.body = nn.Sequential(
-            *expand,
-            conv_norm(width, width, 3, stride, groups=width, act=nn.ReLU6),
-            conv_norm(width, c_out, 1, act=None),
-        )
+        depthwise = conv_norm(width, width, 3, stride, groups=width, act=nn.ReLU6)
+        self.body = nn.Sequential(*expand, depthwise, conv_norm(width, c_out, 1, act=None))
         self.residual = c_in == c_out and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x) if self.residual else self.body(x)
 
 
-def head(channels: int, classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+def head(channels: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)]
 
 
-def resnet50(classes: int = 1000) -> nn.Module:
-    stages, c_in = [], 64
+def resnet50() -> nn.Module:
+    layers, c_in = [conv_norm(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64
     for width, depth, stride in [(64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)]:
         for i in range(depth):
-            stages.append(Bottleneck(c_in, width, stride if i == 0 else 1))
-            c_in = width * Bottleneck.expansion
-    stem = nn.Sequential(conv_norm(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1))
-    return nn.Sequential(
-        OrderedDict(stem=stem, stages=nn.Sequential(*stages), head=head(c_in, classes))
-    )
+            layers.append(Bottleneck(c_in, width, stride if i == 0 else 1))
+            c_in = 4 * width
+    return nn.Sequential(*layers, *head(c_in))
 
 
-def mobilenetv2(classes: int = 1000) -> nn.Module:
-    blocks, c_in = [], 32
-    table = [  # expansion, channels, depth, stride
-        (1, 16, 1, 1),
-        (6, 24, 2, 2),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    ]
-    for expansion, channels, depth, stride in table:
+# expansion, channels, depth, stride
+MOBILENET = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
+MOBILENET += [(6, 160, 3, 2), (6, 320, 1, 1)]
+
+
+def mobilenetv2() -> nn.Module:
+    layers, c_in = [conv_norm(3, 32, 3, 2, act=nn.ReLU6)], 32
+    for expansion, channels, depth, stride in MOBILENET:
         for i in range(depth):
-            blocks.append(InvertedResidual(c_in, channels, stride if i == 0 else 1, expansion))
+            layers.append(InvertedResidual(c_in, channels, stride if i == 0 else 1, expansion))
             c_in = channels
-    stem = conv_norm(3, 32, 3, 2, act=nn.ReLU6)
-    last = conv_norm(c_in, 1280, 1, act=nn.ReLU6)
-    return nn.Sequential(
-        OrderedDict(stem=stem, blocks=nn.Sequential(*blocks), last=last, head=head(1280, classes))
-    )
+    return nn.Sequential(*layers, conv_norm(c_in, 1280, 1, act=nn.ReLU6), *head(1280))
 
 
 NETWORKS = {"resnet50": resnet50, "mobilenetv2": mobilenetv2}

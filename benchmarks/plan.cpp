@@ -1,9 +1,6 @@
-// Says how csrc/cuda/plan.h would cut tensors up for a GPU. Needs neither a GPU nor nvcc. Ends with code 2 and a
-// message where BATCHNORM_EXT_CUDA_PLAN is wrong.
-//
-// A line of input describes one launch plan by numbers, in the order of the reads below; a line of output answers it:
-// pattern policy pack ranks teams blocks width relay shared_bytes loaded stored rule. `loaded` and `stored` count
-// elements of all tensors together, added up over the chunks of every block.
+// The launch plans of csrc/cuda/plan.h, without a GPU. Exits with 2 and a message if BATCHNORM_EXT_CUDA_PLAN is wrong.
+// A line of input describes one launch plan by numbers, in the order of the reads below; a line of CSV answers it.
+// `loaded` and `stored` count elements of all tensors together, added up over the chunks of every block.
 #include "../csrc/cuda/plan.h"
 
 #include <cstdio>
@@ -42,6 +39,7 @@ void answer_all() {
   const Override override = Override::from_text(Override::environment());
   Request request{};
   Device device;
+  std::puts("pattern,policy,pack,ranks,teams,blocks,width,relay,shared_bytes,loaded,stored,rule");
   while (std::cin >> request.geometry.outer >> request.geometry.stats >> request.geometry.inner >>
          request.element_bytes >> request.inputs >> request.coefficients >> request.aligned >> request.reduces >>
          request.maps >> device.architecture >> device.sms >> device.shared_per_sm >> device.shared_per_block >>
@@ -58,7 +56,7 @@ void answer_all() {
     } else if (request.reduces && request.maps) {
       loaded += first.all - first.kept;
     }
-    std::printf("%s %s %d %d %d %lld %d %d %lld %lld %lld %s\n", plan.pattern == Pattern::kRow ? "row" : "column",
+    std::printf("%s,%s,%d,%d,%d,%lld,%d,%d,%lld,%lld,%lld,%s\n", plan.pattern == Pattern::kRow ? "row" : "column",
                 name(plan.policy), plan.pack, s.ranks, s.teams, static_cast<long long>(plan.first.blocks()), s.width,
                 s.relay, static_cast<long long>(plan.first.shared_bytes),
                 static_cast<long long>(request.inputs * loaded * all_channels),

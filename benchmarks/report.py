@@ -1,201 +1,218 @@
-"""Writes measured tables into the README, between markers that name them.
+"""Writes the tables of README.md and docs/*.md from the files in benchmarks/results.
 
-    python benchmarks/report.py layers.json mapped.json steps.json sync.json
-    python benchmarks/report.py --gpu  # of the newest benchmarks/results/<gpu>-<date>
+    python benchmarks/report.py          # after new files in benchmarks/results
+    python benchmarks/report.py --check  # fails where a table is not that of the results
 
-Each `<!-- bench:NAME:begin -->` ... `<!-- bench:NAME:end -->` in the README whose table the given
-files hold is replaced; a missing marker leaves that table out. Several files of one kind (say,
-one dtype each) are joined.
+A table stands between `<!-- bench:NAME:begin -->` and `<!-- bench:NAME:end -->`. What has not been
+measured says so. Needs neither torch nor the library.
 """
 
 import argparse
-import json
 import re
-from collections.abc import Iterable
-from itertools import chain
+from itertools import product
 from pathlib import Path
 
-from networks import NETWORKS
-from results import (
-    KINDS,
-    Alone,
-    Row,
-    copy_verdicts,
-    gpu_verdicts,
-    layer_verdicts,
-    load,
-    step_verdicts,
-    sync_verdicts,
-)
-from tables import (
-    Table,
-    gpu_table,
-    mapped_table,
-    shapes_table,
-    step_table,
-    summary_table,
-    sync_table,
-    verdict_table,
-)
+import pandas as pd
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = Path(__file__).parent / "results"
-NO_GPU = "No result yet: none of this has run on a GPU."
+import musts
+import results
+from results import LAYOUTS, PASSES, mean, select
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTHING = "Not measured yet."
+DISTURBED = 0.1  # a measurement is disturbed if other processes used more of the processors
+ALLOCATORS = ("glibc", "tcmalloc")
+KINDS = [f"{dtype} {layout}" for dtype in results.DTYPES for layout in LAYOUTS]
+SIZES = {">= 100 MB": (100, 1e9), "25 to 100 MB": (25, 100), "< 25 MB": (0, 25)}
+COMPARED = ("native, ms", "converted, ms", "x native")
 
 
-def join(files: Iterable[dict]) -> tuple[dict, dict[str, list]]:
-    """The one environment of all files, and the rows by kind of file."""
-    environments, rows = [], {kind: [] for kind in KINDS}
-    for file in files:
-        if file["settings"].get("quick"):
-            raise SystemExit("a --quick run is a smoke test, not a measurement")
-        environments.append(file["environment"])
-        rows[file["kind"]] += file["rows"]
-    first = environments[0]
-    for other in environments[1:]:
-        if differing := [key for key in first if key != "date" and first[key] != other[key]]:
-            raise SystemExit(f"the files differ in {', '.join(differing)}: one table, one machine")
-    return first, rows
+def table(lines: list[list], header: list[str]) -> str:
+    frame = pd.DataFrame(lines, columns=header).map(cell)
+    alignment = ["left"] + ["right"] * (len(header) - 1)
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=alignment)
 
 
-def newest_gpu_results() -> Path | None:
-    """Of the directories <gpu>-<year>-<month>-<day> that hold a run."""
-    directories = [path.parent for path in RESULTS.glob("*/run.json")]
-    return max(directories, key=lambda path: path.name[-len("2000-01-01") :], default=None)
+def cell(value) -> str:
+    if isinstance(value, str):
+        return value.replace("|", r"\|")
+    return "" if pd.isna(value) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def gpu_results(directory: Path) -> tuple[dict, list[Row], list[dict]]:
-    """The environment, the layers (each case once, by its fullest measurement) and the steps."""
-    files = [load(path) for path in sorted(directory.glob("*.json"))]
-    files = [file for file in files if file["kind"] in ("gpu layers", "gpu steps")]
-    if not files:
-        return {}, [], []
-    machine, rows = join(files)
-    cases: dict[tuple, Row] = {}
-    for row in sorted(rows["gpu layers"], key=lambda row: len(row.seconds)):
-        cases[row.shape, row.kind, row.what] = row
-    return machine, list(cases.values()), rows["gpu steps"]
+def compared(native: float, ours: float) -> list:
+    return [f"{native:.4g}", f"{ours:.4g}", native / ours]
 
 
-def gpu_block(directory: Path | None) -> str:
-    """What a run on a GPU found: the machine, the stages, the layers, the steps, the musts."""
-    if directory is None:
-        return NO_GPU
-    run = json.loads((directory / "run.json").read_text())
-    machine, layers, steps = gpu_results(directory)
-    parts = [" ".join(f"{key} {value}," for key, value in run["machine"].items())[:-1] + "."]
-    stages = [
-        [s["name"], s["status"], s["summary"].replace("|", r"\|"), f"{s['seconds']:.0f} s"]
-        for s in run["stages"]
+def overview(files: dict[str, pd.DataFrame]) -> str:
+    """Training steps, then all layers of ResNet-50 together: one line each, both allocators."""
+    lines: dict[str, dict[str, list]] = {}
+    for allocator in [name for name in ALLOCATORS if f"steps-{name}" in files]:
+        for row in files[f"steps-{allocator}"].itertuples():
+            name = f"{results.NETWORKS[row.network]}, training step, {row.layout}, {row.mode}"
+            lines.setdefault(name, {})[allocator] = compared(row.native, row.ours)
+    for allocator in [name for name in ALLOCATORS if f"layers-{name}" in files]:
+        rows = select(files[f"layers-{allocator}"], "module", network="resnet50")
+        for kind, group in rows.groupby("kind", sort=False):
+            total = group[["native", "ours"]].mul(group.resnet50, axis=0).sum()
+            lines.setdefault(f"ResNet-50, all layers, {kind}", {})[allocator] = compared(*total)
+    cells = [
+        [name, *sum((found.get(a, [""] * 3) for a in ALLOCATORS), [])]
+        for name, found in lines.items()
     ]
-    parts.append(Table("Stages", ["stage", "status", "result", "time"], stages).markdown())
-    if layers:
-        parts += [gpu_table(layers).markdown()]
-    if steps:
-        parts += [step_table(steps).markdown()]
-    if layers:
-        verdicts = [v for v in gpu_verdicts(layers) if v.value is not None]
-        parts += [verdict_table(verdicts).markdown()]
+    return table(cells, ["", *(f"{a}: {column}" for a in ALLOCATORS for column in COMPARED)])
+
+
+def layer_table(rows: pd.DataFrame) -> str:
+    """A line per pass, dtype, layout and batch: geometric means over distinct layer shapes."""
+    lines = []
+    batches = rows["shape"].str.split("x").str[0].astype(int)
+    keys = product(PASSES, KINDS, sorted(batches[rows.resnet50 > 0].unique()))
+    for what, kind, batch in keys:
+        group = select(rows[batches == batch], what, kind)
+        resnet = select(group, network="resnet50")
+        floors = [mean(resnet.over_floor[resnet.mb.between(*s, "left")]) for s in SIZES.values()]
+        value, where = musts.worst(group, "x")
+        if where:
+            means = mean(resnet.x), *floors, mean(select(group, network="mobilenetv2").x)
+            least = f"{value:.2f} at {where.split()[0]}"
+            lines.append([f"{what}, {kind}, batch {batch}", *means, least])
+    header = ["", "x native", *(f"time / floor, {size}" for size in SIZES)]
+    return table(lines, [*header, "MobileNetV2, x native", "least x native"])
+
+
+def shapes_table(rows: pd.DataFrame) -> str:
+    """Every layer shape of ResNet-50: speed-up over native / time over the floor."""
+    rows = select(rows[rows["pass"] != "module"], network="resnet50")
+    cells = [f"{x:.2f} / {floor:.2f}" for x, floor in zip(rows.x, rows.over_floor, strict=True)]
+    columns = rows["pass"] + " " + rows.kind
+    frame = rows.assign(column=columns, cell=cells).pivot(
+        index="shape", columns="column", values="cell"
+    )
+    frame = frame.reindex(index=rows["shape"].unique(), columns=columns.unique()).reset_index()
+    return table(frame.values.tolist(), list(frame))
+
+
+def step_table(rows: pd.DataFrame) -> str:
+    found = rows.itertuples(index=False)
+    lines = [[" ".join(map(str, row[:5])), *compared(row.native, row.ours)] for row in found]
+    return table(lines, ["network, dtype, layout, batch, mode", *COMPARED])
+
+
+def settings_table(rows: pd.DataFrame) -> str:
+    lines = []
+    for (setting, allocator), group in rows.groupby(["setting", "allocator"], sort=False):
+        times = [compared(*pair) for pair in group[["native", "ours"]].values]
+        lines.append([setting, allocator, *sum(times, [])])
+    layouts = rows["layout"].unique()
+    header = [f"{layout}: {column}" for layout in layouts for column in COMPARED]
+    return table(lines, ["setting", "allocator in use", *header])
+
+
+def sync_table(rows: pd.DataFrame) -> str:
+    """Geometric means over the layers of ResNet-50, each as often as the network has it."""
+    lines = []
+    for (ranks, batch), group in rows.groupby(["ranks", "batch"]):
+        group = group.loc[group.index.repeat(group.resnet50)]
+        ratios = group.native / group.ours, group.plain / group.ours, group.ours / group.local
+        name = f"{ranks} ranks, batch {batch} each"
+        lines.append([name, f"{group.ours.sum():.4g}", *map(mean, ratios)])
+    header = ["", "all layers, ms", "x native's algorithm", "x plain PyTorch", "time / local layer"]
+    return table(lines, header)
+
+
+def must_table(verdicts: list[list[str]]) -> str:
+    return table([line for line in verdicts if "not measured" not in line], musts.HEADER)
+
+
+def layer_report(rows: pd.DataFrame) -> str:
+    """What bench.py prints at its end."""
+    verdicts = (musts.gpu_verdicts if "gpu" in rows.attrs else musts.layer_verdicts)(rows)
+    met, missed = (sum(word in line for line in verdicts) for word in ("PASS", "MISS"))
+    parts = layer_table(rows), must_table(verdicts), f"{met} of {met + missed} musts met"
     return "\n\n".join(parts)
 
 
-def environment_sentence(machine: dict) -> str:
-    return (
-        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} "
-        f"threads, transparent huge pages: {machine['huge pages']}; torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}."
-    )
+def described(machine: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items()) + "."
 
 
-def blocks(files: Iterable[dict]) -> dict[str, str]:
-    """Marker name -> markdown."""
-    machine, rows = join(files)
-    alone = Alone.of(chain.from_iterable(rows.values()))
-    if not alone.enough:
-        raise SystemExit(f"{alone} Measure on an idle machine.")
-    result = {"environment": f"{environment_sentence(machine)} {alone}"}
-    verdicts = []
-    if layers := rows["layers"]:
-        result["summary"] = summary_table(layers).markdown()
-        for network in NETWORKS:
-            result[network] = shapes_table(layers, network).markdown()
-        verdicts += layer_verdicts(layers)
-    if mapped := rows["mapped"]:
-        result["mapped"] = mapped_table(mapped).markdown()
-        verdicts += copy_verdicts(mapped)
-    if steps := rows["steps"]:
-        result["steps"] = step_table(steps).markdown()
-        verdicts += step_verdicts(steps)
-    return result | {"musts": verdict_table(verdicts).markdown()}
+def machine_line(name: str, rows: pd.DataFrame) -> str:
+    """How a file was measured; refuses one with more than a tenth of its rows disturbed."""
+    disturbed = int((rows.get("disturbance", pd.Series()) > DISTURBED).sum())
+    if disturbed > len(rows) / 10:
+        raise SystemExit(f"{name}: {disturbed} of {len(rows)} rows were disturbed: measure again")
+    used = f"other processes used more than {DISTURBED:.0%} of the processors"
+    return f"- {name}: {described(rows.attrs)} In {disturbed} of {len(rows)} rows {used}."
 
 
-def sync_blocks(file: dict) -> dict[str, str]:
-    """Marker name -> markdown, of bench_sync.py: ranks of one thread, apart from the others."""
-    rows = file["rows"]
-    environment = f"{environment_sentence(file['environment'])} {Alone.of(rows)}"
-    tables = {
-        f"sync-{ranks}-{batch}": sync_table(rows, ranks, batch).markdown()
-        for ranks, batch in {(row["ranks"], row["batch"]) for row in rows}
+def load(directory: Path) -> dict[str, pd.DataFrame]:
+    files = {path.stem: results.read(path) for path in sorted(directory.glob("*.csv"))}
+    if quick := [name for name, rows in files.items() if "quick" in rows.attrs]:
+        raise SystemExit(f"{', '.join(quick)}: a --quick run is no measurement")
+    return files
+
+
+def gpu_block(directory: Path) -> str:
+    """What gpu_run.py found."""
+    files = load(directory)
+    stages = files["stages"]
+    parts = [described(stages.attrs), table(stages.values.tolist(), list(stages))]
+    if layers := [rows for name, rows in files.items() if name.startswith("layers")]:
+        rows = pd.concat(layers, ignore_index=True).drop_duplicates(results.CASE)
+        parts += [layer_table(rows), must_table(musts.gpu_verdicts(rows))]
+    parts += [step_table(files["steps"])] if "steps" in files else []
+    return "\n\n".join(parts)
+
+
+def blocks(directory: Path) -> dict[str, str]:
+    """Marker name -> markdown, of all that was measured."""
+    files = load(directory)
+    keys = ("cpu", "cores", "torch", "commit", "date")
+    machines = {described({key: rows.attrs[key] for key in keys}) for rows in files.values()}
+    found = {"machine": " ".join(sorted(machines))}
+    found["machines"] = "\n".join(machine_line(*item) for item in files.items())
+    if any(name.startswith(("layers", "steps")) for name in files):
+        found["results"] = overview(files)
+    tables = {"settings": settings_table, "sync": sync_table}
+    for allocator in ALLOCATORS:
+        tables |= {f"layers-{allocator}": layer_table, f"shapes-{allocator}": shapes_table}
+        files[f"shapes-{allocator}"] = files.get(f"layers-{allocator}")
+    found |= {
+        name: make(files[name]) for name, make in tables.items() if files.get(name) is not None
     }
-    musts = verdict_table(sync_verdicts(rows)).markdown()
-    return {"sync-environment": environment, "sync-musts": musts} | tables
+    judges = {"layers-tcmalloc": musts.layer_verdicts, "steps-tcmalloc": musts.step_verdicts}
+    verdicts = [
+        line for name, judge in judges.items() if name in files for line in judge(files[name])
+    ]
+    if verdicts:
+        found["musts"] = must_table(verdicts)
+    # the newest of the directories <gpu>-<year>-<month>-<day>
+    runs = sorted(directory.glob("*/stages.csv"), key=lambda path: path.parent.name[-10:])
+    return found | ({"gpu": gpu_block(runs[-1].parent)} if runs else {})
 
 
-def fill(text: str, blocks: dict[str, str]) -> tuple[str, list[str]]:
-    """The text with every marked block replaced, and the names of those found."""
-    found = []
-    for name, block in blocks.items():
-        begin, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        text, count = pattern.subn(lambda _, new=f"{begin}\n{block}\n{end}": new, text)
-        found += [name] * bool(count)
-    return text, found
+def fill(text: str, found: dict[str, str]) -> str:
+    """The text with every marked block replaced."""
+    marked = re.compile(r"(<!-- bench:(\S+):begin -->\n).*?(<!-- bench:\2:end -->)", re.DOTALL)
+    return marked.sub(lambda m: f"{m[1]}{found.get(m[2]) or NOTHING}\n{m[3]}", text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", nargs="*", type=Path, help="written by --json")
-    parser.add_argument(
-        "--gpu",
-        nargs="?",
-        type=Path,
-        const=newest_gpu_results(),
-        default=False,
-        metavar="DIR",
-        help="written by gpu_run.py; the newest results that are committed if left out",
-    )
-    parser.add_argument("--plot", type=Path, help="with --gpu: draw a roofline")
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--print", action="store_true", help="print the tables instead")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs are")
     args = parser.parse_args()
-    tables = {}
-    if args.files:
-        files = [load(path) for path in args.files]
-        if local := [file for file in files if file["kind"] != "sync"]:
-            tables |= blocks(local)
-        for file in files:
-            if file["kind"] == "sync":
-                tables |= sync_blocks(file)
-    if args.gpu is not False:
-        tables["gpu"] = gpu_block(args.gpu)
-    if args.plot:
-        machine, layers, _ = gpu_results(args.gpu)
-        if layers:
-            from plot import roofline  # matplotlib takes a second to import
-
-            roofline(layers, machine, args.plot)
-    if not tables:
-        parser.error("neither files nor --gpu")
-    if args.print:
-        print("\n\n".join(f"{name}\n\n{block}" for name, block in tables.items()))
-        return
-    text, found = fill(args.readme.read_text(), tables)
-    if not found:
-        raise SystemExit(f"{args.readme.name} has none of the markers of {', '.join(tables)}")
-    args.readme.write_text(text)
-    print(f"{args.readme.name}: wrote {', '.join(found)}")
+    found, different = blocks(args.results), []
+    for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
+        text = path.read_text()
+        if (filled := fill(text, found)) != text:
+            different.append(path.name)
+            if not args.check:
+                path.write_text(filled)
+    if args.check and different:
+        raise SystemExit(f"{', '.join(different)}: run python benchmarks/report.py")
+    print(f"tables written: {', '.join(different) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,21 @@
-"""Interleaved timing: every contestant meets the same moods of the machine."""
+"""Interleaved timing of calls on a CPU, and of CUDA graphs of calls on a GPU."""
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-STAT = Path("/proc/stat")
-DISTURBED = 0.1  # above it, a measurement is taken again
+import torch
+
+CPU_SECONDS, GPU_SECONDS = 5e-3, 3e-3  # of a sample
+MOST_SETS = 128  # of the smallest tensors, which are bound by launches and not by memory
 
 Call = Callable[[], object]
 Sample = Callable[[Call, int], float]  # mean seconds of a call, from so many
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median seconds per call by contestant, and the part of the processors' time others took.
-
-    With as many threads as cores, anything else that runs makes each parallel loop wait for a
-    slice of the scheduler: milliseconds, where a small layer takes microseconds.
-    """
-
-    seconds: dict[str, float]
-    disturbance: float
 
 
 @contextmanager
@@ -40,11 +29,12 @@ def no_gc() -> Iterator[None]:
 
 
 def processor_seconds() -> tuple[float, float]:
-    """(all time of all processors, time that others than this process used); zeros if unknown."""
-    if not STAT.exists():
+    """Processor time of the machine, and the part that other processes used; 0 if unknown."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
         return 0.0, 0.0
-    # user nice system idle iowait irq softirq steal; what follows is part of user and nice.
-    ticks = [int(field) for field in STAT.read_text().splitlines()[0].split()[1:9]]
+    # user nice system idle iowait irq softirq steal; the fields after them are included in user
+    ticks = [int(field) for field in stat.read_text().splitlines()[0].split()[1:9]]
     hertz = os.sysconf("SC_CLK_TCK")
     own = os.times()
     busy = (sum(ticks) - ticks[3] - ticks[4]) / hertz
@@ -52,7 +42,7 @@ def processor_seconds() -> tuple[float, float]:
 
 
 def sample(call: Call, repetitions: int) -> float:
-    """Mean seconds of one call; what it returns is freed before the next, as in training."""
+    """Mean seconds of one call. Its result is freed before the next call, as in training."""
     start = perf_counter()
     for _ in range(repetitions):
         call()
@@ -60,7 +50,7 @@ def sample(call: Call, repetitions: int) -> float:
 
 
 def repetitions_for(call: Call, seconds: float, sample: Sample) -> int:
-    """How many calls fill `seconds`; found by doubling, so that one slow call does not mislead."""
+    """How many calls take `seconds`. Found by doubling, so that one slow call does not mislead."""
     repetitions = 1
     while (elapsed := sample(call, repetitions) * repetitions) < seconds / 2:
         repetitions *= 2
@@ -71,46 +61,73 @@ def interleaved(
     calls: dict[str, Call],
     rounds: int,
     sample_seconds: float = 0.0,
-    warmup: int = 2,
     after_sample: Call = lambda: None,
     sample: Sample = sample,
-) -> Timing:
-    """Times the contestants in turn.
+) -> dict[str, float]:
+    """Median milliseconds of each call, and the share of the processors that others used.
 
-    Every round samples each contestant once; the order rotates from round to round, so that nobody
-    always runs on the caches and the heap that the same neighbour left. A sample repeats a short
-    call until it lasts `sample_seconds`.
+    Every round samples each call once, in an order that rotates, so that no call always follows the
+    same one. A sample repeats a short call until it lasts `sample_seconds`.
     """
-    for call in calls.values():
-        for _ in range(warmup):
+    repetitions = {}
+    for name, call in calls.items():
+        for _ in range(2):  # the first call compiles and allocates
             call()
             after_sample()
-    repetitions = {
-        name: repetitions_for(call, sample_seconds, sample) if sample_seconds else 1
-        for name, call in calls.items()
-    }
+        repetitions[name] = repetitions_for(call, sample_seconds, sample) if sample_seconds else 1
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     with no_gc():
-        total, others = processor_seconds()
+        before = processor_seconds()
         for i in range(rounds):
             first = i % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(sample(calls[name], repetitions[name]))
                 after_sample()
-        total, others = (b - a for a, b in zip((total, others), processor_seconds(), strict=True))
-    seconds = {name: median(times) for name, times in samples.items()}
-    return Timing(seconds, max(others / total, 0.0) if total else 0.0)
+        total, others = (b - a for a, b in zip(before, processor_seconds(), strict=True))
+    disturbance = max(others / total, 0.0) if total else 0.0
+    times = {name: 1e3 * median(seconds) for name, seconds in samples.items()}
+    return times | {"disturbance": disturbance}
 
 
-def undisturbed(measure: Callable[[], Timing], attempts: int = 3) -> Timing:
-    """The first measurement disturbed by at most DISTURBED, else the least disturbed one.
+def working_sets(bytes_per_call: int) -> int:
+    """How many sets of buffers to use in turn, so that each has left the L2 when it comes again."""
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return min(1 + ceil(3 * l2 / max(bytes_per_call, 1)), MOST_SETS)
 
-    Which one is kept depends on what others did, never on what was measured.
-    """
-    timings = []
-    for _ in range(attempts):
-        timings.append(measure())
-        if timings[-1].disturbance <= DISTURBED:
-            break
-    return min(timings, key=lambda timing: timing.disturbance)
+
+def capture(calls: Sequence[Call]) -> Call:
+    """A replay of all calls, each with an output of its own."""
+    calls[0]()  # compiles, and allocates what is allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with no_gc():
+        graph.capture_begin()
+        try:
+            # Kept until the end: otherwise calls would share the memory of one output.
+            outputs = [call() for call in calls]
+        finally:
+            graph.capture_end()
+    del outputs
+
+    def replay(calls=calls) -> None:  # the calls keep the memory that the graph reads
+        graph.replay()
+
+    return replay
+
+
+def gpu_sample(call: Call, repetitions: int) -> float:
+    """Mean seconds of one call on the current stream, without the gaps before and after."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repetitions):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repetitions
+
+
+def time_graphs(graphs: dict[str, Call], calls: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of one call of each contestant, from graphs of so many."""
+    times = interleaved(graphs, rounds, GPU_SECONDS, sample=gpu_sample)
+    return {name: value / calls for name, value in times.items()}
