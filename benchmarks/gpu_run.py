@@ -3,9 +3,8 @@
     python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu --stages build,layers
 
 Needs a GPU, a CUDA build of torch, nvcc, a C++ compiler and the packages of the bench and test
-groups; a stage that lacks something fails, and the others go on. Nothing is installed. The stages
-come in the order of their worth and share the minutes. The output directory has stages.csv (the
-machine, the outcome of every stage), what the other scripts write, and log.txt, which git ignores.
+groups. Stages that lack something fail. The most valuable come first, and they share the minutes.
+The output directory has stages.csv (machine and outcomes) and what the other scripts write.
 """
 
 import argparse
@@ -49,7 +48,8 @@ class Run:
         self.out, self.machine = out, machine
         self.deadline = time.monotonic() + 60 * minutes
         self.rows: list[dict] = []
-        out.mkdir(parents=True, exist_ok=True)
+        for directory in (out, ROOT / "build"):
+            directory.mkdir(parents=True, exist_ok=True)
 
     def run(self, todo: list[Stage]) -> None:
         for stage in todo:

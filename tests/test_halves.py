@@ -54,10 +54,14 @@ def test_halves_make_a_whole(case, device):
     assert_within("invstd", stats[1], invstd, relative * invstd)
     assert_within("y", y, expected.y, tolerances.output(expected.y, x.dtype, ratio))
     _, fused_stats = (twin := make_problem(case, device)).forward(True)
+    # on a GPU the two plans sum in different orders
+    apart = {"running_mean": 2 * relative / invstd, "running_var": 4 * relative / invstd**2}
     for name, value in problem.state.items():
         # twice a rounding apart, where that of the fused operator is right
         same = twin.state[name].double()
         bound = 2 * tolerances.half_ulp(same, value.dtype) if value.is_floating_point() else 0
+        if device.type == "cuda" and name in apart:
+            bound = bound + apart[name]
         assert_within(name, value, same, bound)
 
     sums, dx = _backward(problem, fused_stats, sums[-1:])
@@ -144,7 +148,7 @@ def test_variance_of_parts_far_from_zero(mean_over_std, sizes, dtype, device):
     relative = rounding if dtype is torch.float64 else max(rounding, 4e-7)
     assert_within("variance", invstd.pow(-2), wanted, relative * wanted)
     deviation = about_centre.mean([0, 2, 3]) - (mean - centre.flatten())
-    assert_within("mean", deviation, torch.zeros(3), relative * wanted.sqrt())
+    assert_within("mean", deviation, torch.zeros_like(deviation), relative * wanted.sqrt())
 
 
 def test_sums_that_overflow_are_infinite(device):

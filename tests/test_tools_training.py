@@ -45,6 +45,9 @@ def test_replica_of_data_parallel(convert, device):
 
 
 @conversions
+@pytest.mark.only(
+    "cpu", reason="AveragedModel divides the counter on a GPU, which PyTorch 2.11 refuses"
+)
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_averaged_model(use_buffers, convert, device):
     native, model = make_pair(convert, device)
