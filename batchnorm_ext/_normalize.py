@@ -58,7 +58,8 @@ def _by_torch(
 ) -> Tensor:
     if batches is not None and momentum is None:
         momentum = 1 / float(batches + 1)
-    with undone_on_error(running_mean, running_var) if training else nullcontext():
+    may_undo = training and not torch.compiler.is_compiling()
+    with undone_on_error(running_mean, running_var) if may_undo else nullcontext():
         output = _ops.by_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
