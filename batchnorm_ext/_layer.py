@@ -55,8 +55,9 @@ class FusedForward:
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
         training = bool(self.training) or (mean is None and var is None)
-        tensors = (input, mean, var, weight, bias, batches, counted)
-        return normalize(*tensors, training, momentum, self.eps)
+        return normalize(
+            input, mean, var, weight, bias, batches, counted, training, momentum, self.eps
+        )
 
     def __traced(self, input: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.

@@ -26,27 +26,25 @@ def normalize(
     ``momentum`` may be None with ``num_batches_tracked``: the cumulative average. ``counted`` is a
     counter that the operator does not take.
     """
-    tensors = (input, running_mean, running_var, weight, bias, num_batches_tracked, counted)
-    options = (training, momentum, eps)
-    if not (
-        isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool)
-    ):
-        return _by_torch(*tensors, *options)
-    try:
-        if not training or (running_mean is None and running_var is None):
-            output, _ = _ops.batch_norm(
-                input, weight, bias, running_mean, running_var, training, eps
-            )
-            if counted is not None:
-                counted.add_(1)
-            return output
-        if running_mean is not None and running_var is not None:
-            return track(_ops.batch_norm_update, *tensors, momentum, eps)
-    except RuntimeError as error:
-        if not _ops.is_refusal(error) or torch.compiler.is_compiling():
-            raise
-        _ops.log_once(str(error).partition("\n")[0])
-    return _by_torch(*tensors, *options)
+    if isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
+        try:
+            if not training or (running_mean is None and running_var is None):
+                output, _ = _ops.batch_norm(
+                    input, weight, bias, running_mean, running_var, training, eps
+                )
+                if counted is not None:
+                    counted.add_(1)
+                return output
+            if running_mean is not None and running_var is not None:
+                state = (running_mean, running_var, num_batches_tracked, counted)
+                return track(_ops.batch_norm_update, input, weight, bias, *state, momentum, eps)
+        except RuntimeError as error:
+            if not _ops.is_refusal(error) or torch.compiler.is_compiling():
+                raise
+            _ops.log_once(str(error).partition("\n")[0])
+    batches = (num_batches_tracked, counted)
+    tensors = (input, running_mean, running_var, weight, bias)
+    return _by_torch(*tensors, *batches, training, momentum, eps)
 
 
 _NUMBER = (float, int)

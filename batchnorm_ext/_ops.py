@@ -19,7 +19,6 @@ from torch.autograd import forward_ad
 from torch.overrides import (
     _get_current_function_mode_stack,
     has_torch_function,
-    has_torch_function_variadic,
 )
 from torch.utils._device import DeviceContext
 
@@ -122,16 +121,18 @@ def by_torch(*arguments) -> Tensor:
 
 def leaves_process() -> bool:
     """Whether a graph is recorded that is to be loaded elsewhere, without this library."""
-    return _is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
-
-
-def takes(input: Tensor, *parameters: Tensor | None) -> bool:
+def takes(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> bool:
     """Whether a call goes to the operators, here and now, and not to torch's own function."""
-    reason = refusal(input, *parameters)
+    reason = refusal(input, running_mean, running_var, weight, bias)
     if reason is None:
         return True
     if not torch.compiler.is_compiling():
@@ -139,11 +140,16 @@ def takes(input: Tensor, *parameters: Tensor | None) -> bool:
     return False
 
 
-def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
+def refusal(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> str | None:
     """Why a call does not go to the operators, or None if it does.
 
-    ``parameters`` are the other tensors of the call. What the operators find out by themselves is
-    not asked here: see ``is_refusal``.
+    What the operators find out by themselves is not asked here: see ``is_refusal``.
     """
     function = F.batch_norm
     if (function is not _native_function and function is not our_function) or (
@@ -154,8 +160,9 @@ def refusal(input: Tensor, *parameters: Tensor | None) -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    if has_torch_function_variadic(input, *parameters) and not torch.compiler.is_compiling():
-        if reason := _overriding(input, *parameters):
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+        if reason := _overriding(*tensors):
             return reason
     if not isinstance(input, Tensor):
         return f"type {type(input).__qualname__}"
@@ -210,7 +217,7 @@ def _has_kernels_for_cuda(index: int) -> bool:
 # What torch.compiler.assume_constant_result does; it would import all of the compiler, which takes
 # longer than the rest of this package.
 _has_kernels_for_cuda._dynamo_marked_constant = True
-_is_exporting._dynamo_marked_constant = True  # torch 2.11 traces it as True under torch.compile too
+leaves_process._dynamo_marked_constant = True  # torch 2.11 compiles is_exporting() as True
 
 
 @functools.cache

@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import _current_graph_task_id
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -53,10 +55,10 @@ def _fingerprint(stats: Tensor) -> Tensor:
 def track(
     update: Callable[..., tuple[Tensor, Tensor]],
     input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     num_batches_tracked: Tensor | None,
     counted: Tensor | None,
     *options,
@@ -70,8 +72,8 @@ def track(
         if counted is not None:
             counted.add_(1)
         return update(*arguments)[0]
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    in_backward = torch._C._current_graph_task_id() != -1
+    hooks = _top_saved_tensors_default_hooks(True)
+    in_backward = _current_graph_task_id() != -1
     # a backward may repeat what leaves no graph, or one under hooks
     adds = not in_backward and (hooks is not None or not torch.is_grad_enabled())
     history = _history_of(running_mean, adds) if adds or in_backward else None

@@ -67,8 +67,9 @@ def batch_norm(
             and not _ops.leaves_process()
             and _ops.takes(input, running_mean, running_var, weight, bias)
         ):
-            tensors = (input, running_mean, running_var, weight, bias, None, None)
-            return normalize(*tensors, training, momentum, eps)
+            return normalize(
+                input, running_mean, running_var, weight, bias, None, None, training, momentum, eps
+            )
         return _ops.by_torch(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )

@@ -128,7 +128,7 @@ class SyncBatchNorm(FusedForward, _BatchNorm):
         if mean is None:
             output = _ops.sync_batch_norm(input, weight, bias, mean, var, batches, *options)[0]
         else:
-            tensors = (input, mean, var, weight, bias, batches, counted)
+            tensors = (input, weight, bias, mean, var, batches, counted)
             output = track(_ops.sync_batch_norm, *tensors, *options)
         if debug and _wants_gradient(input):
             output.register_hook(lambda _: self._compare_ranks("backward", group, input))
