@@ -39,7 +39,7 @@ class FusedForward:
 
     def forward(self, input: Tensor) -> Tensor:
         native = self.__native.forward
-        # a script for test-time adaptation replaces it, and what leaves the process is torch's own
+        # someone has replaced torch.nn's forward, or the graph is being exported
         if native is not _native_forward or (_ops.leaves_process() and _can_leave(self)):
             return native(self, input)
         if isinstance(input, fx.Proxy):

@@ -51,8 +51,7 @@ def batch_norm(
             evaluation; running statistics that share memory with each other or with themselves.
         NotImplementedError: integer or boolean input.
 
-        But for shared memory these are the errors of PyTorch's own function. All tensors are then
-        as they were.
+        Except for the one about shared memory, these are PyTorch's errors. No tensor is changed.
 
     Example::
 

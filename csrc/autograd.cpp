@@ -1,5 +1,5 @@
-// Derivatives, one autograd function for statistics of the batch at hand and of all ranks. The kernels are reached
-// through the dispatcher, so that tracing sees them one by one.
+// Derivatives, one autograd function for statistics of the batch at hand and of all ranks. Kernels are called
+// through the dispatcher, so that tracing records each of them.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
@@ -32,7 +32,8 @@ bool is_differentiated(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
 }
 
-// What a backward takes but for dy. `count`, the elements per channel on all ranks, is undefined for a batch alone.
+// The inputs of the backward other than dy. `count`: elements per channel over all ranks; undefined without
+// synchronization.
 struct Saved {
   Tensor x;
   OptionalTensor weight;
@@ -91,7 +92,7 @@ Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
     std::tie(outputs.y, outputs.stats) = call_forward(o, s);
     return outputs;
   }
-  // before the other ranks are told anything
+  // All checks run before the all-reduce: an error here must not leave other ranks updated.
   check_operands(o, s);
   check_memory(o, s);
   const OptionalTensor sums = wait(all_reduce(call_moments(o.x), ranks.group));
@@ -111,7 +112,8 @@ struct Call {
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true;
 
-  // The statistics have no derivative of their own, and leave beside the output: each output costs the graph.
+  // The statistics have no derivative, so they are returned through a pointer: each output of the autograd function
+  // adds time to every call.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                         const Call& call, Tensor* stats) {
     auto [y, statistics, count] = batchnorm_ext::forward(call.operands, call.spec, call.ranks);

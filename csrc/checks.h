@@ -1,9 +1,9 @@
 // Argument checks, shared by the kernels of every device and by the fake ones, whose sizes may be symbols. They run
 // before anything is written, so that an exception leaves all state as it was.
 //
-// What the kernels don't take is refused by a NotImplementedError that ends in kRefusal. The layers then ask PyTorch's
-// own function: it may take the call, and otherwise its error is the one that users know. Where it has one, its text
-// begins ours.
+// Arguments that the kernels do not support raise a NotImplementedError that ends in kRefusal. The layers then call
+// PyTorch's function, which either supports them or raises the error that users know. If PyTorch has such an error, our
+// message starts with its text.
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
@@ -110,7 +110,7 @@ inline void check_forward(const Operands& o, const Spec& s) {
   if (s.training) check_batch_size(o.x);
 }
 
-// Memory that is written for two channels, or two statistics, holds neither in the end.
+// Running statistics must not overlap: one value would overwrite the other.
 inline void check_written_once(const Operands& o) {
   at::assert_no_internal_overlap(*o.running_mean);
   at::assert_no_internal_overlap(*o.running_var);
@@ -141,7 +141,7 @@ inline void check_memory(const Operands& o, const Spec& s) {
   if (o.x.is_cuda()) check_reads_not_written(o);
 }
 
-// `numel` float64 values in a row, which sums over ranks arrive in.
+// Sums over ranks must be `numel` contiguous float64 values.
 inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::SymInt& numel, const char* name) {
   TORCH_CHECK(sums.dim() == 1 && sums.is_contiguous() && sums.scalar_type() == at::kDouble &&
                   sums.device() == x.device() && holds(sums.sym_numel().sym_eq(numel)),

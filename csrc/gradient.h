@@ -41,8 +41,9 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
   Tensor half = at::add(along_channels((stats[0] * -0.5).to(dtype), x), x, 0.5);
   Tensor invstd = along_channels(stats[1].to(dtype), x);
   if (training && x_.requires_grad()) {
-    // Adds nothing to the statistics but their dependence on x. The variance is relative to its value, so that it
-    // neither overflows nor underflows, and needs no eps: it stands for (var + eps) / (its value + eps).
+    // These terms are zero; they only make the statistics differentiable functions of x. The variance is relative to
+    // its value, so that it neither overflows nor underflows, and needs no eps: it stands for
+    // (var + eps) / (its value + eps).
     half = half - average({half - half.detach()})[0];
     const Tensor relative = average({(half * (2 * invstd)).square()})[0];
     invstd = invstd * at::rsqrt(1 + (relative - relative.detach()));

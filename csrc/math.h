@@ -43,11 +43,10 @@ BATCHNORM_EXT_HD bool may_overflow(double mean) {
   return std::fabs(mean) >= largest * std::numeric_limits<A>::epsilon() / 4;
 }
 
-// The centre of a map from x to (x - mean) * factor, which is (x - centre) * factor less what the centre lacks: the
-// mean, since x * factor - mean * factor would cancel catastrophically where |mean| is much larger than the standard
-// deviation, or 0 where x - mean may overflow and the result may not. For the `count` elements that mean and invstd
-// were taken from, that takes |x - mean| <= std * sqrt(count - 1) (Samuelson 1968, "How deviant can you be?") to be out
-// of range; of other elements nothing is known, and their count is infinity.
+// The centre for the map (x - mean) * factor, evaluated as (x - centre) * factor + shift. Normally the mean: with centre
+// 0, x * factor - mean * factor cancels badly where |mean| >> std. It is 0 only where x - mean may overflow although the
+// result is finite. |x - mean| <= std * sqrt(count - 1) for the `count` elements that the statistics were computed from
+// (Samuelson 1968, "How deviant can you be?"); pass infinity if the statistics come from other data.
 //
 // About 0 the map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the
 // last place of the mean, which by Samuelson's bound is less than 2 * sqrt(count) standard deviations.
@@ -91,8 +90,8 @@ BATCHNORM_EXT_HD GradSums make_grad_sums(double sum, double dot, double mean, do
   return {sum, (dot - (mean - rounded_mean) * sum) * invstd};
 }
 
-// Whether sums over n elements, in lanes of fp32, may have lost what the channel has: by an overflow, or where products
-// vanish that 1 / std would make visible again. What a channel holds that is not finite is no loss.
+// Whether these sums over n elements, accumulated in fp32, may be wrong: a partial sum overflowed, or products
+// underflowed that matter once multiplied by a large invstd. Inf or NaN in the input itself does not count.
 template <typename A>
 BATCHNORM_EXT_HD bool grads_lost(GradSums sums, double n, double mean, double invstd) {
   const bool any = (sums.dbias != 0) | (sums.dweight != 0), sees = (sizeof(A) == sizeof(float)) & (invstd > 1e10);

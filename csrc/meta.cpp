@@ -18,7 +18,7 @@ Tensor empty_doubles(const Tensor& x, c10::SymIntArrayRef size) {
   return x.new_empty_symint(size, x.options().dtype(at::kDouble));
 }
 
-// Where there is no data, NotImplementedError would mean that there is no kernel.
+// For fake tensors PyTorch reads NotImplementedError as a missing kernel, so the checks raise RuntimeError here.
 template <typename Check>
 void require(const Check& check) {
   try {

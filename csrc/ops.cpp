@@ -37,7 +37,7 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // far from zero, and the leading bits of all batches add up without rounding: sums.h.
   m.def("moments(Tensor x) -> Tensor");
 
-  // batch_norm in training with the statistics that the sums, of any number of batches, say:
+  // batch_norm in training with the statistics computed from `sums`, which may cover several batches:
   //   mean = S1 / n,  variance = S2 / n - mean^2, or 0 where that is within the rounding of the sums
   m.def("apply(Tensor x, Tensor? weight, Tensor? bias, Tensor sums, float eps) -> (Tensor y, Tensor stats)");
 
@@ -55,9 +55,9 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   m.def("grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor grad_sums, Tensor count) -> Tensor dx");
 
   // apply(x, ..., sum of moments(x) over the ranks of the group), or apply_update where there are running statistics:
-  // batch_norm in training on the batches of all ranks. In backward too, only sums cross the ranks: dx is as of one
-  // loss, the sum of those of all ranks, while dweight and dbias are what this rank adds to it. Errors begin with
-  // `layer`, which says whose they are.
+  // batch_norm in training on the batches of all ranks. In backward too, only sums cross the ranks: dx is the
+  // gradient of the sum of all ranks' losses; dweight and dbias are this rank's part of that gradient. Error messages
+  // name `layer`.
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name, str layer) "

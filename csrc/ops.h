@@ -72,8 +72,8 @@ void register_apply(torch::Library& m) {
          });
 }
 
-// dweight has the dtype of weight, dbias that of bias, which the backward does not see otherwise; without one, that of
-// the sums as far as it makes a difference.
+// dweight has the dtype of weight, dbias has bias_dtype (the backward does not get the bias itself). Without the
+// parameter: float64 if x is float64, otherwise float32.
 inline std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
                                                                     std::optional<at::ScalarType> bias_dtype,
                                                                     const Mask& mask) {

@@ -1,5 +1,5 @@
-// The sums of a channel once more, element by element, for the rare channels whose values leave the range of the sums
-// that are fast. Written once for host and device.
+// Slow sums of one channel with extended range, for the rare channels whose fast sums overflow or underflow. Written
+// once for host and device.
 #pragma once
 
 #include "geometry.h"
@@ -31,7 +31,7 @@ BATCHNORM_EXT_HD int64_t element_of(int64_t channels, int64_t inner, int64_t cha
   return (i / inner * channels + channel) * inner + i % inner;
 }
 
-// Of the n values get(i).
+// The moments of get(0) ... get(n - 1), scaled by `unit` before squaring.
 template <typename Get>
 BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {
   Sum values, deviations, squares;
@@ -47,8 +47,8 @@ BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {
   return {(rough + shift) / unit, squares.value() - deviations.value() * shift, unit};
 }
 
-// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. Neither x - mean nor part of a sum
-// overflows where the sum does not: the terms are those times a power of two that is less than 1 / n.
+// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. Terms are scaled by 2^-128 < 1 / n, so that
+// neither x - mean nor a partial sum overflows unless the final sum does.
 template <typename Dy, typename X>
 BATCHNORM_EXT_HD GradSums resum_grads(int64_t n, double mean, double invstd, const Dy& dy, const X& x) {
   constexpr double down = 0x1p-128, up = 0x1p128;

@@ -46,12 +46,13 @@ BATCHNORM_EXT_HD void write_sums(double* sums, int64_t channels, int64_t c, doub
   sums[3 * channels + c] = is_finite(s2) ? s2_rest : 0;
 }
 
-// The moments that the sums of one or several batches say:
+// The moments computed from the sums of one or more batches:
 //   M2 = sum((x - mean)^2) = S2 - mean * S1 - mean * (S1 - n * mean)
 // which holds for a rounded mean up to (S1 - n * mean)^2 / n, 2^-106 of n * mean^2.
 //
-// M2 below 2^-70 of n * mean^2, or below the normal range, is 0: so little may come from rounding, and a constant
-// channel has no variance. In the worst case that many roundings take 600 ranks; if they are independent, 70,000.
+// M2 below 2^-70 of n * mean^2, or below the normal range, is set to 0: an M2 this small can be rounding error alone,
+// and a constant channel must have variance 0. Rounding reaches the bound with 600 ranks in the worst case, with about
+// 70,000 if rounding errors are independent.
 // No float32 channel of less than 2^22 elements has so small a variance unless it is constant.
 BATCHNORM_EXT_HD Moments read_sums(const double* sums, int64_t channels, int64_t c) {
   const double n = read_count(sums, channels);
