@@ -43,10 +43,10 @@ BATCHNORM_EXT_HD bool may_overflow(double mean) {
   return std::fabs(mean) >= largest * std::numeric_limits<A>::epsilon() / 4;
 }
 
-// The centre for the map (x - mean) * factor, evaluated as (x - centre) * factor + shift. Normally the mean: with centre
-// 0, x * factor - mean * factor cancels badly where |mean| >> std. It is 0 only where x - mean may overflow although the
-// result is finite. |x - mean| <= std * sqrt(count - 1) for the `count` elements that the statistics were computed from
-// (Samuelson 1968, "How deviant can you be?"); pass infinity if the statistics come from other data.
+// The centre for the map (x - mean) * factor, evaluated as (x - centre) * factor + shift. Normally the mean: with
+// centre 0, x * factor - mean * factor cancels badly where |mean| >> std. It is 0 only where x - mean may overflow
+// although the result is finite. |x - mean| <= std * sqrt(count - 1) for the `count` elements that the statistics were
+// computed from (Samuelson 1968, "How deviant can you be?"); pass infinity if the statistics come from other data.
 //
 // About 0 the map loses u * |mean| * |factor|, with u the unit roundoff, as if each x were off by half a unit in the
 // last place of the mean, which by Samuelson's bound is less than 2 * sqrt(count) standard deviations.

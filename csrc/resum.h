@@ -47,8 +47,8 @@ BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {
   return {(rough + shift) / unit, squares.value() - deviations.value() * shift, unit};
 }
 
-// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. Terms are scaled by 2^-128 < 1 / n, so that
-// neither x - mean nor a partial sum overflows unless the final sum does.
+// sum(dy) and sum(dy * xhat) of n elements; dy(i) and x(i) are their values. Terms are scaled by 2^-128 < 1 / n, so
+// that neither x - mean nor a partial sum overflows unless the final sum does.
 template <typename Dy, typename X>
 BATCHNORM_EXT_HD GradSums resum_grads(int64_t n, double mean, double invstd, const Dy& dy, const X& x) {
   constexpr double down = 0x1p-128, up = 0x1p128;
