@@ -1,11 +1,11 @@
-// The launch plans of csrc/cuda/plan.h, without a GPU. Exits with 2 and a message if BATCHNORM_EXT_CUDA_PLAN is wrong.
-// A line of input describes one launch plan by numbers, in the order of the reads below; a line of CSV answers it.
-// `loaded` and `stored` count elements of all tensors together, added up over the chunks of every block.
-#include "../csrc/cuda/plan.h"
-
+// The launch plans of csrc/cuda/planner.h, without a GPU. Exits with 2 and a message if BATCHNORM_EXT_CUDA_PLAN is
+// wrong. A line of input describes one launch plan by numbers, in the order of the reads below; a line of CSV answers
+// it. `loaded` and `stored` count elements of all tensors together, added up over the chunks of every block.
 #include <cstdio>
 #include <iostream>
 #include <stdexcept>
+
+#include "../csrc/cuda/planner.h"
 
 namespace {
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PROGRAM = ROOT / "benchmarks" / "plan.cpp", ROOT / "build" / "plan"
-HEADERS = ("geometry.h", "cuda/plan.h", "cuda/override.h", "cuda/shape.h")
+HEADERS = ("geometry.h", *(f"cuda/{name}.h" for name in ("planner", "plan", "override", "shape")))
 
 KERNELS = {  # pass -> inputs, coefficients, reduces, maps: what a Request of plan.h asks for
     "forward": (1, 3, True, True),

@@ -1,5 +1,5 @@
-// What decides the constants of csrc/cuda/plan.h, as CSV. Launches are timed in graphs, over buffers larger than the L2
-// cache:
+// What decides the constants of csrc/cuda/planner.h, as CSV. Launches are timed in graphs, over buffers larger than the
+// L2 cache:
 //   launch   microseconds of a kernel that does nothing, plain and cooperative
 //   copy     bandwidth against size (MB) and blocks per multiprocessor: is kBlocksPerSm enough?
 //   barrier  nanoseconds of the barrier of team.cuh against the blocks of a team: kLeastChunkBytes

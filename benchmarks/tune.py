@@ -1,4 +1,4 @@
-"""Times launch plans other than those that the rules of csrc/cuda/plan.h choose, on a GPU.
+"""Times launch plans other than those that the rules of csrc/cuda/planner.h choose, on a GPU.
 
 For each case first the policy and the width of a group, then the blocks of a team, then who adds up
 their sums. Writes tuning.csv: the plan of the rules, the best plan found, its gain, and its value

@@ -68,7 +68,9 @@ def test_error_is_at_most_that_of_native_contiguous(layout, size, dtype, mean, d
         errors = [
             (t.detach() - wanted).abs().max().item() / scale for t in (ours[name], native[name])
         ]
-        luck = tolerances.LUCK[dtype] * torch.finfo(dtype).eps
+        on_gpu = device.type == "cuda" and dtype is torch.float64
+        luck = tolerances.LUCK_OF_FLOAT64_ON_A_GPU if on_gpu else tolerances.LUCK
+        luck *= torch.finfo(dtype).eps
         assert errors[0] <= errors[1] + luck, f"{name}: {errors[0]:.3g}, native {errors[1]:.3g}"
 
 
@@ -98,13 +100,15 @@ def test_first_element_is_an_outlier(layout, size, first, rest, device):
     expected = problem.oracle(training=True)
     y, stats = problem.forward(training=True)
     scale = expected.y.abs().max().item()
-    assert_within("y", y, expected.y, tolerances.OUTLIER * scale)
+    assert_within("y", y, expected.y, tolerances.OUTLIER[device.type] * scale)
     assert_within(
         "running_var", problem.running_var, expected.running_var, 1e-5 * expected.running_var
     )
     gradients = reference.batch_norm_backward(problem.dy, problem.x, None, expected.stats, True)
     dx = batch_norm_backward(problem.dy, problem.x, None, stats, True, [True, False, False])[0]
-    assert_within("dx", dx, gradients.dx, tolerances.OUTLIER * scale * expected.stats[1].max())
+    assert_within(
+        "dx", dx, gradients.dx, tolerances.OUTLIER[device.type] * scale * expected.stats[1].max()
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 8, 9, 10, 16, 17, 33, 64])

@@ -54,14 +54,16 @@ def test_halves_make_a_whole(case, device):
     assert_within("invstd", stats[1], invstd, relative * invstd)
     assert_within("y", y, expected.y, tolerances.output(expected.y, x.dtype, ratio))
     _, fused_stats = (twin := make_problem(case, device)).forward(True)
-    # on a GPU the two plans sum in different orders
+    # On a GPU the two plans sum in different orders: each is within its own bound, of which the
+    # running statistics take the share of a batch.
+    share = 1 / problem.state["num_batches_tracked"].item() if case.momentum is None else 0.1
     apart = {"running_mean": 2 * relative / invstd, "running_var": 4 * relative / invstd**2}
     for name, value in problem.state.items():
         # twice a rounding apart, where that of the fused operator is right
         same = twin.state[name].double()
         bound = 2 * tolerances.half_ulp(same, value.dtype) if value.is_floating_point() else 0
         if device.type == "cuda" and name in apart:
-            bound = bound + apart[name]
+            bound = bound + share * apart[name]
         assert_within(name, value, same, bound)
 
     sums, dx = _backward(problem, fused_stats, sums[-1:])

@@ -59,7 +59,7 @@ def test_a_fresh_output_takes_few_faults():
 
 @pytest.mark.parametrize("rows", [256, 255, 257])
 def test_output_around_the_size_of_advice(rows):
-    """32 MB and a little less or more: nothing outside the tensor is written."""
+    """32 MB and a little less or more: the pages that are touched first are those of the output."""
     x = torch.randn(2, 16, rows, 1024)
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)
     torch.testing.assert_close(_normalize(x), expected, rtol=0, atol=2e-6)

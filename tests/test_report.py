@@ -5,15 +5,13 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
-pd = pytest.importorskip("pandas")
-pytest.importorskip("tabulate")
-
-import environment  # noqa: E402  (both need pandas)
-import musts  # noqa: E402
-import report  # noqa: E402
-import results  # noqa: E402
+import environment
+import musts
+import report
+import results
 
 MACHINE = {"cpu": "Test CPU", "cores": 2, "torch": "9.9", "commit": "abc", "date": "2030-01-02"}
 GPU = {"gpu": "Test GPU", "driver": "1.2"} | MACHINE
@@ -162,18 +160,16 @@ def test_what_is_no_measurement_is_refused(root, more, disturbance, message):
     assert done.returncode == 1 and message in done.stderr
 
 
-def test_allocator_of_a_process_is_the_one_that_is_loaded():
+@pytest.mark.parametrize("name", environment.ALLOCATORS)
+def test_allocator_of_a_process_is_the_one_that_is_loaded(name):
     try:
-        variables = environment.with_allocator("tcmalloc")
-    except SystemExit as error:
+        variables = environment.with_allocator(name)
+    except SystemExit as error:  # no test asks a user to install tcmalloc
         pytest.skip(str(error))
-    code = "import environment; print(environment.loaded_allocator())"
-    paths = os.pathsep.join(sys.path)
-    command = [sys.executable, "-c", code]
-    for name in environment.ALLOCATORS:
-        variables = environment.with_allocator(name) | {"PYTHONPATH": paths}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == name
+    variables |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import environment; print(environment.loaded_allocator())"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == name
 
 
 def test_another_allocator_makes_room(monkeypatch):

@@ -45,11 +45,10 @@ def test_replica_of_data_parallel(convert, device):
 
 
 @conversions
-@pytest.mark.only(
-    "cpu", reason="AveragedModel divides the counter on a GPU, which PyTorch 2.11 refuses"
-)
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_averaged_model(use_buffers, convert, device):
+    if use_buffers and device.type == "cuda":
+        pytest.skip("PyTorch's average divides integer buffers, an error there, of native too")
     native, model = make_pair(convert, device)
     batches = [make_input(device, batch) for batch in (3, 4, 5)]
     averages = []

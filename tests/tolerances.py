@@ -13,12 +13,15 @@ from torch import Tensor
 
 # A float32 lane whose first element is an outlier holds a sum of squares of the outlier's
 # magnitude, and rounds to that while it adds the others; no other lane averages this out.
-OUTLIER = 2.5e-6
+# On a GPU a lane sees more elements: 2.05e-6 was the largest error found.
+OUTLIER = {"cpu": 2e-6, "cuda": 2.5e-6}
 
 # A native NCHW kernel and ours round equally often, so that the largest of their errors over an
-# array differ by luck, up to the rounding of the output itself; in float64 the coefficients of the
-# map are rounded besides. Bad summation costs factors of 10 to 1e6.
-LUCK = {torch.float32: 0.5, torch.float64: 2.0}
+# array differ by luck, up to the rounding of the output itself. Bad summation costs factors of
+# 10 to 1e6. In float64 on a GPU the map's coefficients are rounded where native computes with
+# more: 1.9 eps was the largest difference found.
+LUCK = 0.5
+LUCK_OF_FLOAT64_ON_A_GPU = 2.0
 
 
 def half_ulp(expected: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "counters.h"
+#include "planner.h"
 
 namespace batchnorm_ext::cuda {
 namespace {

@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "cuda/norm.cuh"
+#include "cuda/planner.h"
 #include "problem.h"
 #include "settings.h"
 
