@@ -105,11 +105,10 @@ batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_STRIDED = torch.strided
 _PLAIN = (Tensor, nn.Parameter)
 STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
 _native_function, _native_operator = F.batch_norm, torch.batch_norm
-
-
 our_function = None  # functional.batch_norm, which a program may put in the place of torch's
 
 
@@ -151,10 +150,9 @@ def refusal(
 
     What the operators find out by themselves is not asked here: see ``is_refusal``.
     """
-    function = F.batch_norm
-    if (function is not _native_function and function is not our_function) or (
-        torch.batch_norm is not _native_operator
-    ):
+    if (
+        F.batch_norm is not _native_function and F.batch_norm is not our_function
+    ) or torch.batch_norm is not _native_operator:
         return "batch_norm of torch has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
@@ -166,7 +164,7 @@ def refusal(
             return reason
     if not isinstance(input, Tensor):
         return f"type {type(input).__qualname__}"
-    if input.layout is not torch.strided:
+    if input.layout is not _STRIDED:
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
         return f"dtype {input.dtype}"

@@ -32,11 +32,12 @@ bool streams(const Geometry& geometry) {
 }
 
 // For a map alone, which goes through memory in order: run by run, unless runs are short, or would share the cache
-// lines that are streamed.
+// lines that are streamed. Shorter runs lose by it, longer ones gain: evaluation of 32x512x7x7 and 32x1024x14x14 in
+// bfloat16 at 0.6 and 1.7 times its speed (AMD EPYC, 2 cores, tcmalloc).
 template <typename T, typename F>
 void with_map_pattern(const Geometry& geometry, const F& f) {
   constexpr int64_t line = 64 / sizeof(T);
-  if (geometry.inner >= 8 * line && (!streams<T>(geometry) || geometry.inner % line == 0))
+  if (geometry.inner >= 128 && (!streams<T>(geometry) || geometry.inner % line == 0))
     f(Row<T>(geometry, /*most_runs=*/1));
   else
     with_pattern<T>(geometry, f);

@@ -18,8 +18,8 @@ class Row {
   static constexpr int64_t kPart = Vec<T>::size();  // elements of the smallest load
   static constexpr int64_t kChunk = 16384;          // elements reduced before the lanes are folded
   static constexpr int64_t kShortRun = 4;           // blocks of lanes
-  static constexpr int64_t kGroup = 4096;           // elements of the channels of a block,
-  static constexpr int64_t kMostChannels = 64;
+  static constexpr int64_t kBlock = 4096;           // elements of a block of several channels, at most,
+  static constexpr int64_t kMostChannels = 64;      // and these channels
 
  public:
   // Chunks have `most_runs` runs at most.
@@ -28,7 +28,7 @@ class Row {
     piece = (g.inner / pieces + L) / L * L;
     pieces = (g.inner + piece - 1) / piece;
     runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
-    channels = chunks() == 1 ? std::clamp<int64_t>(kGroup / std::max<int64_t>(1, g.count()), 1, kMostChannels) : 1;
+    channels = chunks() == 1 ? std::clamp<int64_t>(kBlock / std::max<int64_t>(1, g.count()), 1, kMostChannels) : 1;
   }
 
   const Geometry& geometry() const { return g; }
