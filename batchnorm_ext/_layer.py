@@ -10,8 +10,6 @@ from batchnorm_ext._normalize import normalize
 from batchnorm_ext._tracking import undone_on_error
 
 _native_forward = _BatchNorm.forward
-
-
 _exact: set[type] = set()  # the classes of this library, and none derived from them
 
 

@@ -1,6 +1,7 @@
-"""The debug mode of SyncBatchNorm: ranks compare what they are about to send, and who is alive.
+"""The debug mode of SyncBatchNorm: the ranks compare what they are about to send.
 
-They talk through the store of the process group, which works where a collective would hang or fail.
+They use the store of the process group, which works where a collective would hang or fail. A thread
+of each rank sends heartbeats there, so that the others notice within seconds that it has died.
 """
 
 import itertools
@@ -13,11 +14,11 @@ import torch.distributed as dist
 
 __all__ = ["compare"]
 
-# Seconds. A rank that computes, compiles or waits gives its signs all the same, by a thread; only
-# an extension that keeps the interpreter's lock for long could be taken for dead.
-BETWEEN_SIGNS = 1.0
-SILENCE = 10.0
-LONGEST_PAUSE = 0.1  # between two looks at the store
+# Seconds. The thread sends heartbeats while its rank computes, compiles or waits; only an extension
+# that keeps the interpreter's lock for longer than the timeout is taken for dead.
+HEARTBEAT_INTERVAL = 1.0
+HEARTBEAT_TIMEOUT = 10.0
+LONGEST_PAUSE = 0.1  # between two queries of the store
 
 
 def compare(group: "dist.ProcessGroup", layer: str, message: str, timeout: timedelta) -> None:
@@ -30,7 +31,7 @@ def compare(group: "dist.ProcessGroup", layer: str, message: str, timeout: timed
         timeout: how long to wait for a rank that is alive.
 
     Raises:
-        RuntimeError: tells which ranks are elsewhere, don't come or are dead, and where they were.
+        RuntimeError: names the ranks that are at another message, late or dead, and their last one.
     """
     if group not in _peers:
         _peers[group] = _Peers(group)
@@ -44,17 +45,17 @@ def compare(group: "dist.ProcessGroup", layer: str, message: str, timeout: timed
 
 
 class _Peers:
-    """What this rank leaves in the store for the others of its group, and reads there."""
+    """What this rank writes to the store for the others of its group, and reads from them."""
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
         self.rank, self.size = group.rank(), group.size()
-        # by a connection of its own: one that a thread waits on is locked for the others
+        # a connection of its own, because a thread that waits on a connection locks it
         self.store = dist.PrefixStore("batchnorm_ext", group.get_group_store().clone())
         self.number = 0  # of messages so far
-        self.signs: dict[int, tuple[bytes, float]] = {}  # the last of a rank, and since when
+        self.heartbeats: dict[int, tuple[bytes, float]] = {}  # by rank: the last, when it was seen
         stopped = threading.Event()
         arguments = self.store, f"alive/{self.rank}", stopped
-        thread = threading.Thread(target=_give_signs, args=arguments, daemon=True)
+        thread = threading.Thread(target=_send_heartbeats, args=arguments, daemon=True)
         thread.start()
         weakref.finalize(group, _stop, stopped, thread)  # at exit too, while threads can end
 
@@ -63,14 +64,14 @@ class _Peers:
         self.store.set(f"{self.number}/{self.rank}", message)
         self._await_all(layer, message, timeout)
         notes = [self._note(self.number, other) for other in range(self.size)]
-        # every rank that has come this far has read the ones before
+        # every rank that has reached this message has read the previous ones
         self.store.delete_key(f"{self.number - 1}/{self.rank}")
         if len(set(notes)) > 1:
             at = "; ".join(f"rank {other}: {note}" for other, note in enumerate(notes))
             raise RuntimeError(f"SyncBatchNorm {layer}: the ranks are at different messages: {at}")
 
     def _await_all(self, layer: str, message: str, timeout: timedelta) -> None:
-        self.signs.clear()
+        self.heartbeats.clear()
         deadline = time.monotonic() + timeout.total_seconds()
         missing = [other for other in range(self.size) if other != self.rank]
         pause = 1e-3
@@ -79,15 +80,16 @@ class _Peers:
             if not missing:
                 return
             late = missing if time.monotonic() > deadline else []
-            for other in late or filter(self._is_silent, missing):
+            for other in late or filter(self._is_dead, missing):
                 what = (
-                    f"has not come within {timeout}"
+                    f"has not arrived within {timeout}"
                     if late
-                    else f"has given no sign of life for {SILENCE:.0f} s and does not come"
+                    else f"seems to be dead (no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s)"
                 )
                 raise RuntimeError(
-                    f"SyncBatchNorm {layer}: rank {other} {what} to the {message}, where rank "
-                    f"{self.rank} is; it was last at: {self._note(self.number - 1, other)}"
+                    f"SyncBatchNorm {layer}: rank {other} {what}. Rank {self.rank} is waiting for "
+                    f"it at: {message}. Last message of rank {other}: "
+                    f"{self._note(self.number - 1, other)}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -96,31 +98,31 @@ class _Peers:
         key = f"{number}/{other}"
         return self.store.get(key).decode() if self.store.check([key]) else "no message yet"
 
-    def _is_silent(self, other: int) -> bool:
-        """A rank that has not begun to give signs may be on its way to its first message."""
+    def _is_dead(self, other: int) -> bool:
+        """Not if it has sent no heartbeat yet: it may be on its way to its first message."""
         key = f"alive/{other}"
         if not self.store.check([key]):
             return False
-        sign, now = self.store.get(key), time.monotonic()
-        if self.signs.get(other, (None,))[0] != sign:
-            self.signs[other] = sign, now
-        return now - self.signs[other][1] > SILENCE
+        heartbeat, now = self.store.get(key), time.monotonic()
+        if self.heartbeats.get(other, (None,))[0] != heartbeat:
+            self.heartbeats[other] = heartbeat, now
+        return now - self.heartbeats[other][1] > HEARTBEAT_TIMEOUT
 
 
 _peers: "weakref.WeakKeyDictionary[dist.ProcessGroup, _Peers]" = weakref.WeakKeyDictionary()
 
 
-def _give_signs(store: "dist.Store", key: str, stopped: threading.Event) -> None:
+def _send_heartbeats(store: "dist.Store", key: str, stopped: threading.Event) -> None:
     for number in itertools.count():
         try:
             store.set(key, str(number))
-        except RuntimeError:  # the store has gone, and the group with it
+        except RuntimeError:  # the store is gone, and the group with it
             return
-        if stopped.wait(BETWEEN_SIGNS):
+        if stopped.wait(HEARTBEAT_INTERVAL):
             return
 
 
 def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
     stopped.set()
     if thread is not threading.current_thread():
-        thread.join(BETWEEN_SIGNS)
+        thread.join(HEARTBEAT_INTERVAL)

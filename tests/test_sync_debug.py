@@ -18,14 +18,14 @@ import batchnorm_ext
 from batchnorm_ext import sync, sync_debug
 from test_sync_messages import C, assert_unchanged, error, impatient_group, state
 
-SILENCE = 1.0  # after which a rank counts as dead in these tests
+TIMEOUT = 1.0  # after which a rank counts as dead in these tests
 
 
 @contextmanager
 def _debugging(**timeout):
     """The group of all ranks with debugging on."""
     sync._DEBUG = True
-    sync_debug.SILENCE, sync_debug.BETWEEN_SIGNS = SILENCE, SILENCE / 10
+    sync_debug.HEARTBEAT_TIMEOUT, sync_debug.HEARTBEAT_INTERVAL = TIMEOUT, TIMEOUT / 10
     try:
         yield impatient_group(**timeout)
     finally:
@@ -79,13 +79,13 @@ def debug_missing():
         x = torch.randn(4, C, requires_grad=True)
         y = model[0](x)
         if dist.get_rank() == 0:
-            with error("SyncBatchNorm 1: rank 1 has not come", "it was last at: forward of 0"):
+            with error("SyncBatchNorm 1: rank 1 has not arrived", "of rank 1: forward of 0"):
                 model[1](x)
     with _debugging() as group:
         model = _norms(group)
         y = model(x)
         if dist.get_rank() == 1:
-            with error("SyncBatchNorm 1: rank 0 has not come", "backward of 1", "forward of 1"):
+            with error("SyncBatchNorm 1: rank 0 has not arrived", "backward of 1", "forward of 1"):
                 y.sum().backward()
 
 
@@ -120,7 +120,7 @@ def debug_dead():
         x = model[0](torch.randn(4, C))
         if dist.get_rank() == 2:
             os._exit(1)
-        with error("SyncBatchNorm 1: rank 2", "no sign of life", "last at: forward of 0"):
+        with error("SyncBatchNorm 1: rank 2", "no heartbeat", "of rank 2: forward of 0"):
             model[1](x)
 
 
@@ -134,13 +134,13 @@ def debug_slow():
         model = _norms(group)
         x = model[0](torch.randn(4, C))
         if dist.get_rank() == 1:
-            end = time.monotonic() + 2 * SILENCE
+            end = time.monotonic() + 2 * TIMEOUT
             while time.monotonic() < end:
                 pass
-            time.sleep(2 * SILENCE)
+            time.sleep(2 * TIMEOUT)
         elif dist.get_rank() == 2:
             matrix = torch.randn(1000, 1000)
-            end = time.monotonic() + 3 * SILENCE
+            end = time.monotonic() + 3 * TIMEOUT
             while time.monotonic() < end:
                 matrix = torch.linalg.qr(matrix).Q
         assert model[1](x).isfinite().all()
@@ -175,7 +175,7 @@ def test_store_that_has_gone():
         sync_debug.compare(group, "stem", "forward of stem", timedelta(seconds=5))
 
 
-def test_signs_of_life_end_with_the_group():
+def test_heartbeats_end_with_the_group():
     before = threading.active_count()
     group = Group(dist.HashStore())
     sync_debug.compare(group, "stem", "forward of stem", timedelta(seconds=5))
@@ -185,13 +185,13 @@ def test_signs_of_life_end_with_the_group():
     assert threading.active_count() == before
 
 
-def test_process_ends_while_it_gives_signs():
+def test_process_ends_while_it_sends_heartbeats():
     """A thread that comes back from the store after the interpreter has gone ends in an abort."""
     code = """
 from datetime import timedelta
 import torch.distributed as dist
 from batchnorm_ext import sync_debug
-sync_debug.BETWEEN_SIGNS = 1e-6
+sync_debug.HEARTBEAT_INTERVAL = 1e-6
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 sync_debug.compare(dist.group.WORLD, "stem", "forward of stem", timedelta(seconds=5))
 """
