@@ -40,13 +40,14 @@ struct Saved {
   Tensor stats, count;
   bool training;
   std::optional<at::ScalarType> bias_dtype;
+  int64_t groups;
 };
 
 Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   const auto average = [&](const variable_list& values) {
     variable_list averages;
     if (ranks.alone()) {
-      for (const Tensor& v : values) averages.push_back(v.mean(reduced_dims(v), /*keepdim=*/true));
+      for (const Tensor& v : values) averages.push_back(average_of(v, saved.groups));
       return averages;
     }
     for (const Tensor& v : values) averages.push_back(v.sum(reduced_dims(v), /*keepdim=*/false, at::kDouble));
@@ -56,14 +57,14 @@ Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ran
     return averages;
   };
   return differentiable_gradients(dy, saved.x, saved.weight, saved.stats, saved.training, saved.bias_dtype, mask,
-                                  average);
+                                  saved.groups, average);
 }
 
 // By the kernels. Over ranks, the gradients of the parameters stay those of this rank, and are made while the message
 // is on its way.
 Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
-  const auto& [x, weight, stats, count, training, bias_dtype] = saved;
-  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype);
+  const auto& [x, weight, stats, count, training, bias_dtype, groups] = saved;
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, groups);
   const Tensor sums = call_grad_moments(dy, x, stats);
   Tensor pending, dx;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
@@ -120,6 +121,7 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto& [operands, spec, ranks] = call;
     ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
     ctx->saved_data["training"] = spec.training;
+    ctx->saved_data["groups"] = spec.groups;
     if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
     if (operands.bias) ctx->saved_data["bias"] = bias.scalar_type();
     ctx->set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
@@ -166,7 +168,8 @@ struct Norm : torch::autograd::Function<Norm> {
             in(saved[2], at::kDouble),
             in(saved[3], at::kDouble),
             ctx->saved_data["training"].toBool(),
-            dtype("bias")};
+            dtype("bias"),
+            ctx->saved_data["groups"].toInt()};
   }
 };
 
@@ -205,8 +208,8 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
 Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
-  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype}, {}, mask);
+                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, groups}, {}, mask);
 }
 
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -45,6 +45,11 @@ inline void check_input(const at::Tensor& x) {
                               "': expected input to be of dtype float32, float64, bfloat16 or float16");
 }
 
+// The number of statistics.
+inline c10::SymInt stats_of(const at::Tensor& x, int64_t groups) {
+  return groups > 0 ? x.sym_size(0) * groups : x.sym_size(1);
+}
+
 // A tensor with one value per channel.
 inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor, const char* name) {
   if (!tensor) return;
@@ -88,6 +93,11 @@ inline void check_operands(const Operands& o, const Spec& s) {
         !s.update || s.momentum || o.num_batches_tracked,
         "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.groups >= 0 && (s.groups == 0 || s.training),
+                                "batch_norm: expected groups to be 0, or positive in training, got ", s.groups);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds((o.x.sym_size(1) % s.groups).sym_eq(0)),
+                                "Expected number of channels in input to be divisible by num_groups, but got input of "
+                                "shape ", o.x.sym_sizes(), " and num_groups=", s.groups);
   });
 }
 
@@ -107,7 +117,7 @@ inline void check_batch_size(const at::Tensor& x) {
 
 inline void check_forward(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  if (s.training) check_batch_size(o.x);
+  if (s.training && s.groups == 0) check_batch_size(o.x);
 }
 
 // Running statistics must not overlap: one value would overwrite the other.
@@ -150,7 +160,7 @@ inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::S
 }
 
 inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                           const at::Tensor& stats) {
+                           const at::Tensor& stats, int64_t groups = 0) {
   refusing([&] {
     check_input(x);
     check_per_channel(x, weight, "weight");
@@ -159,9 +169,9 @@ inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const Opti
                   dy.device() == x.device(),
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
-  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, x.sym_size(1)})) && stats.is_contiguous() &&
+  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, stats_of(x, groups)})) && stats.is_contiguous() &&
                   stats.scalar_type() == at::kDouble && stats.device() == x.device(),
-              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", x.sym_size(1),
+              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", stats_of(x, groups),
               "] on ", x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
 }
 

@@ -28,11 +28,13 @@ void require(const Check& check) {
   }
 }
 
-Normalized normalized(const Tensor& x) { return {at::empty_like(x), empty_doubles(x, {2, x.sym_size(1)})}; }
+Normalized normalized(const Tensor& x, int64_t groups = 0) {
+  return {at::empty_like(x), empty_doubles(x, {2, stats_of(x, groups)})};
+}
 
 Normalized forward(const Operands& o, const Spec& s) {
   require([&] { check_forward(o, s); });
-  return normalized(o.x);
+  return normalized(o.x, s.groups);
 }
 
 Normalized apply(const Operands& o, const Spec& s) {
@@ -42,8 +44,8 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   Mask mask, std::optional<at::ScalarType> bias_dtype) {
-  require([&] { check_backward(dy, x, weight, stats); });
+                   Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+  require([&] { check_backward(dy, x, weight, stats, groups); });
   auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
   return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};
 }

@@ -1,4 +1,4 @@
-// Column pattern: the elements of a channel are scattered in short runs (NHWC, (N, C), NCHW with a tiny image), so the
+// Column pattern: the elements of a cell are scattered in short runs (NHWC, (N, C), NCHW with a tiny image), so the
 // lanes run along memory, across channels, and each lane reduces downwards. `fold` short memory rows are taken as one
 // wide row where that makes the row a whole number of vectors.
 #pragma once
@@ -27,22 +27,26 @@ class Column {
 
  public:
   explicit Column(const Geometry& geometry) : g(geometry) {
-    const int64_t narrow = g.stats * g.inner;
+    const int64_t narrow = g.channels * g.inner;
     while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
     // Too few rows to be cut into chunks leave the threads only blocks.
     const int64_t widest = g.outer > kMinRows ? kColumns : std::clamp(kGrainElements / g.outer, kFoldable, kColumns);
-    stats_per_block = fold > 1 ? g.stats : even_share(g.stats, std::max<int64_t>(1, widest / g.inner));
+    const int64_t stats = g.channels / g.per_stat;  // of a sample
+    const int64_t stat_columns = g.per_stat * g.inner;
+    channels_per_block =
+        fold > 1 ? g.channels : even_share(stats, std::max<int64_t>(1, widest / stat_columns)) * g.per_stat;
+    blocks_per_sample = (g.channels + channels_per_block - 1) / channels_per_block;
     rows = g.outer / fold;
-    const int64_t columns = stats_per_block * g.inner * fold;
-    rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials}));
+    const int64_t columns = channels_per_block * g.inner * fold;
+    rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.cells() / kMaxPartials}));
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 
   const Geometry& geometry() const { return g; }
-  int64_t blocks() const { return (g.stats + stats_per_block - 1) / stats_per_block; }
+  int64_t blocks() const { return g.batch * blocks_per_sample; }
   int64_t chunks() const { return full_chunks + (g.outer % fold != 0); }
-  int64_t first(int64_t block) const { return block * stats_per_block; }
-  int64_t width(int64_t block) const { return std::min(stats_per_block, g.stats - first(block)); }
+  int64_t first(int64_t block) const { return block / blocks_per_sample * g.channels + first_channel(block); }
+  int64_t width(int64_t block) const { return std::min(channels_per_block, g.channels - first_channel(block)); }
 
   double count(int64_t chunk) const {
     const Span s = span(0, chunk);
@@ -110,9 +114,9 @@ class Column {
     }
   }
 
-  // out = op(coefficients of each channel, in...) over one chunk.
+  // out = op(coefficients of each cell, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch& scratch,
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch,
            T* out, const In*... in) const {
     const Span s = span(block, chunk);
     const int64_t pitch = spreads(s) ? s.columns + L : 0;  // whole vectors are read from any column on
@@ -136,12 +140,14 @@ class Column {
     int64_t offset, rows, columns, folded;
   };
 
-  int64_t stride() const { return fold * g.stats * g.inner; }
+  int64_t stride() const { return fold * g.channels * g.inner; }
+
+  int64_t first_channel(int64_t block) const { return block % blocks_per_sample * channels_per_block; }
 
   Span span(int64_t block, int64_t chunk) const {
     const int64_t row = std::min(chunk * rows_per_chunk, rows);
     const int64_t folded = chunk < full_chunks ? fold : g.outer % fold;
-    return {row * stride() + first(block) * g.inner, chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
+    return {g.first_of(first(block)) + row * stride(), chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
             width(block) * g.inner * folded, folded};
   }
 
@@ -160,9 +166,9 @@ class Column {
 
   bool spreads(const Span& s) const { return s.folded > 1 || g.inner > 1; }
 
-  // One value per column of the block, from one per channel.
-  const A* along_columns(const A* per_channel, int64_t block, const Span& s, A* spread) const {
-    const A* source = per_channel + first(block);
+  // One value per column of the block, from one per cell.
+  const A* along_columns(const A* per_cell, int64_t block, const Span& s, A* spread) const {
+    const A* source = per_cell + first(block);
     if (!spreads(s)) return source;
     A* to = spread;
     if (g.inner == 1)
@@ -174,7 +180,7 @@ class Column {
   }
 
   Geometry g;
-  int64_t fold = 1, stats_per_block, rows, rows_per_chunk, full_chunks;
+  int64_t fold = 1, channels_per_block, blocks_per_sample, rows, rows_per_chunk, full_chunks;
 };
 
 }  // namespace batchnorm_ext::cpu

@@ -1,5 +1,5 @@
-// Row pattern: long contiguous runs of one channel (NCHW). The lanes all belong to one channel and are folded at the
-// end of each chunk. A block is one channel, or several that have few elements each: they are finished together.
+// Row pattern: long contiguous runs of one cell (NCHW). The lanes all belong to one cell and are folded at the end of
+// each chunk. A block is one statistic, or several that have few elements each: they are finished together.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ class Row {
   static constexpr int64_t kPart = Vec<T>::size();  // elements of the smallest load
   static constexpr int64_t kChunk = 16384;          // elements reduced before the lanes are folded
   static constexpr int64_t kShortRun = 4;           // blocks of lanes
-  static constexpr int64_t kBlock = 4096;           // elements of a block of several channels, at most,
-  static constexpr int64_t kMostChannels = 64;      // and these channels
+  static constexpr int64_t kBlock = 4096;           // elements of a block of several statistics, at most,
+  static constexpr int64_t kMostStats = 64;         // and these statistics
 
  public:
   // Chunks have `most_runs` runs at most.
@@ -28,14 +28,16 @@ class Row {
     piece = (g.inner / pieces + L) / L * L;
     pieces = (g.inner + piece - 1) / piece;
     runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
-    channels = chunks() == 1 ? std::clamp<int64_t>(kBlock / std::max<int64_t>(1, g.count()), 1, kMostChannels) : 1;
+    const int64_t stats =
+        chunks() == 1 ? std::clamp<int64_t>(kBlock / std::max<int64_t>(1, g.count()), 1, kMostStats) : 1;
+    cells_per_block = stats * g.per_stat;
   }
 
   const Geometry& geometry() const { return g; }
-  int64_t blocks() const { return (g.stats + channels - 1) / channels; }
+  int64_t blocks() const { return (g.cells() + cells_per_block - 1) / cells_per_block; }
   int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
-  int64_t first(int64_t block) const { return block * channels; }
-  int64_t width(int64_t block) const { return std::min(channels, g.stats - first(block)); }
+  int64_t first(int64_t block) const { return block * cells_per_block; }
+  int64_t width(int64_t block) const { return std::min(cells_per_block, g.cells() - first(block)); }
 
   double count(int64_t chunk) const {
     const Span s = span(0, chunk);
@@ -43,24 +45,24 @@ class Row {
   }
 
   void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2, Scratch&) const {
-    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c) channel_moments(x, c, chunk, mean + i, m2 + i);
+    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c) cell_moments(x, c, chunk, mean + i, m2 + i);
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
                  Scratch&) const {
     for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c)
-      channel_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
+      cell_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
   }
 
-  // out = op(coefficients of the channel, in...) over one chunk.
+  // out = op(coefficients of each cell, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch&, T* out,
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch&, T* out,
            const In*... in) const {
     for (int64_t c = first(block); c < first(block) + width(block); ++c) {
       const Span s = span(c, chunk);
-      Vec<A> channel[Op::kCoefficients];
-      for (int i = 0; i < Op::kCoefficients; ++i) channel[i] = Vec<A>(coefficients[i][c]);
-      const auto f = [&](int64_t, const auto&... v) { return op(channel, v...); };
+      Vec<A> cell[Op::kCoefficients];
+      for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
+      const auto f = [&](int64_t, const auto&... v) { return op(cell, v...); };
       int64_t at = s.offset;
       for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
     }
@@ -73,8 +75,8 @@ class Row {
     int64_t offset, runs, length;
   };
 
-  void channel_moments(const T* x, int64_t channel, int64_t chunk, double* mean, double* m2) const {
-    const Span s = span(channel, chunk);
+  void cell_moments(const T* x, int64_t cell, int64_t chunk, double* mean, double* m2) const {
+    const Span s = span(cell, chunk);
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
     const T* const first = x + s.offset;
@@ -88,9 +90,9 @@ class Row {
     sets.results(1, 1, mean, m2);
   }
 
-  void channel_grad_sums(const T* dy, const T* x, A mean, int64_t channel, int64_t chunk, double* sum,
+  void cell_grad_sums(const T* dy, const T* x, A mean, int64_t cell, int64_t chunk, double* sum,
                          double* dot) const {
-    const Span s = span(channel, chunk);
+    const Span s = span(cell, chunk);
     if ((s.length + kPart - 1) / kPart * s.runs <= kTile) return few_grad_sums(dy, x, mean, s, sum, dot);
     const int64_t whole = s.length / L, rest = s.length % L;
     Block<A> centre;
@@ -139,7 +141,7 @@ class Row {
     return cpu::sum_of(wide, kCount);
   }
 
-  int64_t stride() const { return g.stats * g.inner; }
+  int64_t stride() const { return g.channels * g.inner; }
 
   // The whole blocks of all runs, as stretches of blocks `step` apart: along the runs, or down the chunk where runs are
   // too short to repay loading the accumulators for each.
@@ -151,14 +153,13 @@ class Row {
       for (int64_t j = 0; j < whole; ++j) f(j * L, stride(), s.runs);
   }
 
-  Span span(int64_t channel, int64_t chunk) const {
+  Span span(int64_t cell, int64_t chunk) const {
     const int64_t run = chunk / pieces * runs, start = chunk % pieces * piece;
-    return {run * stride() + channel * g.inner + start, std::min(runs, g.outer - run),
-            std::min(piece, g.inner - start)};
+    return {g.first_of(cell) + run * stride() + start, std::min(runs, g.outer - run), std::min(piece, g.inner - start)};
   }
 
   Geometry g;
-  int64_t pieces, piece, runs, channels;
+  int64_t pieces, piece, runs, cells_per_block;
 };
 
 }  // namespace batchnorm_ext::cpu

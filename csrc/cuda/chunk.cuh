@@ -67,7 +67,7 @@ struct ColumnChunk {
   static constexpr int kLanes = kWidth;
 
   __device__ __forceinline__ ColumnChunk(const Shape& s, int group, int rank) : s(s), first(group * s.width) {
-    const int64_t row = rank * s.chunk, below = s.geometry.outer - row, left = s.geometry.stats - first;
+    const int64_t row = rank * s.chunk, below = s.geometry.outer - row, left = s.geometry.channels - first;
     width = static_cast<int>(left < s.width ? left : s.width);
     rows = static_cast<int>(below < s.chunk ? below : s.chunk);
     lane_row = divide(s.columns, threadIdx.x);

@@ -74,7 +74,7 @@ bool aligned(const Tensors&... tensors) {
 Geometry checked_geometry(const Tensor& x) {
   const Geometry g = x.numel() > 0 ? geometry_of(x) : Geometry{1, x.size(1), 1};
   constexpr int64_t most = int64_t{1} << 30;
-  TORCH_CHECK(g.stats <= most && g.inner <= most,
+  TORCH_CHECK(g.channels <= most && g.inner <= most,
               "batch_norm: on CUDA, input may have at most 2^30 channels and at most 2^30 contiguous elements ",
               "per channel, got size ", x.sizes());
   return g;
@@ -89,7 +89,7 @@ template <typename T>
 Forward<T> forward(const Tensor& x, const Geometry& geometry) {
   Forward<T> op{};
   op.x = read<T>(x);
-  op.channels = geometry.stats;
+  op.channels = geometry.channels;
   op.inner = geometry.inner;
   op.count = static_cast<double>(geometry.count());
   op.centred = true;
@@ -103,8 +103,8 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
   const Tensor x = dense(o.x);
   const Geometry geometry = checked_geometry(x);
   Tensor y = at::empty_like(x);
-  Tensor stats = at::empty({2, geometry.stats}, x.options().dtype(at::kDouble));
-  if (geometry.stats == 0) return {std::move(y), std::move(stats)};
+  Tensor stats = at::empty({2, geometry.channels}, x.options().dtype(at::kDouble));
+  if (geometry.channels == 0) return {std::move(y), std::move(stats)};
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     Forward<T> op = forward<T>(x, geometry);
@@ -131,6 +131,7 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
+  refusing([&] { TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0, "batch_norm: groups are not implemented on CUDA"); });
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
@@ -179,7 +180,7 @@ struct Gradient {
     Backward<T> op{};
     op.dy = read<T>(dy);
     op.x = read<T>(x);
-    op.channels = geometry.stats;
+    op.channels = geometry.channels;
     op.inner = geometry.inner;
     op.training = true;
     op.count = static_cast<double>(geometry.count());
@@ -204,7 +205,8 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+  TORCH_CHECK(groups == 0, "batch_norm_backward: groups are not implemented on CUDA");
   check_backward(grad, input, weight, stats);
   const CUDAGuard guard(input.device());
   const Gradient gradient(grad, input);

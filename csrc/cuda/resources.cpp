@@ -91,7 +91,7 @@ Plan make_plan(const Request& request, int device) {
 const Plan& plan_for(const Request& r, int device) {
   using Key = std::array<int64_t, 12>;
   thread_local std::map<Key, Plan> plans;
-  const Key key = {device,           in_force().version, r.geometry.outer, r.geometry.stats,
+  const Key key = {device,           in_force().version, r.geometry.outer, r.geometry.channels,
                    r.geometry.inner, r.element_bytes,    r.inputs,         r.coefficients,
                    r.aligned,        r.reduces,          r.maps,           cooperation_refused[device]};
   const auto found = plans.find(key);

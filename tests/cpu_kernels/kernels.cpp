@@ -64,7 +64,7 @@ constexpr Geometry kShapes[] = {
 template <typename T>
 struct Results {
   explicit Results(const Geometry& g)
-      : mean(g.stats), m2(g.stats), dbias(g.stats), dweight(g.stats), y(g.numel(), 1), dx(g.numel(), 5) {}
+      : mean(g.channels), m2(g.channels), dbias(g.channels), dweight(g.channels), y(g.numel(), 1), dx(g.numel(), 5) {}
   Buffer<double> mean, m2, dbias, dweight;
   Buffer<T> y, dx;
 };
@@ -77,12 +77,12 @@ class Test {
 
  public:
   Test(const Geometry& geometry, Data data, Checks checks)
-      : g_(geometry), p_(geometry, data), checks_(std::move(checks)), table_(g_.stats), grad_table_(g_.stats) {
+      : g_(geometry), p_(geometry, data), checks_(std::move(checks)), table_(g_.channels), grad_table_(g_.channels) {
     // An element goes through so many additions in A at most: a tile and what its centre is made of, or all. Their
     // roundings, of std 1 / sqrt(3) units, add up like the steps of a random walk: here are 3.5 times its std.
     const auto additions = std::is_same_v<A, double> ? g_.count() + kTile : kTile + kFirstTile;
     walk_ = 2 * std::sqrt(static_cast<Exact>(additions));
-    for (int64_t c = 0; c < g_.stats; ++c) grad_table_.row(0)[c] = static_cast<A>(p_.mean[c]);
+    for (int64_t c = 0; c < g_.channels; ++c) grad_table_.row(0)[c] = static_cast<A>(p_.mean[c]);
   }
 
   void run() {
@@ -135,12 +135,12 @@ class Test {
     const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
       std::copy_n(mean, width, &results.mean[first]);
       std::copy_n(m2, width, &results.m2[first]);
-      std::vector<double> invstd(g_.stats);
+      std::vector<double> invstd(g_.channels);
       for (int64_t i = 0; i < width; ++i)
         invstd[first + i] = 1 / std::sqrt(m2[i] / static_cast<double>(g_.count()) + p_.eps);
       set_normalize(table_, first, width, results.mean.data(), invstd.data(), p_.weight.data(), p_.bias.data());
     };
-    reduce_moments(pattern, Schedule(pattern, g_.stats, g_.numel()), p_.x.data(), finish, map);
+    reduce_moments(pattern, Schedule(pattern, g_.channels, g_.numel()), p_.x.data(), finish, map);
   }
 
   void reduce_backward(const auto& pattern, const Results<T>& results, const auto& map) {
@@ -150,7 +150,7 @@ class Test {
       set_normalize_grad(grad_table_, first, width, dbias, dweight, static_cast<double>(g_.count()), p_.mean.data(),
                          p_.invstd.data(), p_.weight.data());
     };
-    reduce_grads(pattern, Schedule(pattern, g_.stats, g_.numel()), p_.dy.data(), p_.x.data(), grad_table_.row(0),
+    reduce_grads(pattern, Schedule(pattern, g_.channels, g_.numel()), p_.dy.data(), p_.x.data(), grad_table_.row(0),
                  p_.mean.data(), p_.invstd.data(), finish, map);
   }
 
@@ -179,7 +179,7 @@ class Test {
   Exact var_error(const Statistics& s) const { return 4 * mean_error(s); }
 
   void check_forward(const Results<T>& results) {
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.channels; ++c) {
       const Statistics& s = p_.statistics[c];
       checks_.within("mean", c, results.mean[c], s.mean, mean_error(s) * s.std);
       checks_.within("var", c, results.m2[c] / Exact(g_.count()), s.var, var_error(s) * s.std * s.std);
@@ -202,7 +202,7 @@ class Test {
                              dot_terms =
                                  p_.sums([&](int64_t i) { return std::fabs(dy(i)) * (1 + std::fabs(p_.xhat(i))); });
     const Exact rounding = walk_ * kUnit, n = g_.count();
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.channels; ++c) {
       checks_.within("dbias", c, results.dbias[c], sum[c], rounding * sum_terms[c]);
       checks_.within("dweight", c, results.dweight[c], dot[c], rounding * dot_terms[c]);
     }
@@ -230,7 +230,7 @@ int main(int count, char** arguments) {
   for (const Geometry& g : kShapes)
     for (int data = 0; data < static_cast<int>(std::size(kDataNames)); ++data) {
       if (std::is_same_v<Element, c10::Half> && Data(data) >= Data::kHuge) continue;
-      const std::string name = std::to_string(g.outer) + "x" + std::to_string(g.stats) + "x" + std::to_string(g.inner) +
+      const std::string name = std::to_string(g.outer) + "x" + std::to_string(g.channels) + "x" + std::to_string(g.inner) +
                                " " + kDataNames[data];
       if (name.find(filter) != std::string::npos) Test<Element>(g, Data(data), Checks(name)).run();
     }

@@ -30,7 +30,7 @@ struct Problem {
   Problem(const Geometry& geometry, Data data)
       : g(geometry), eps(data == Data::kTiny ? 1e-5 / (kScale * kScale) : 1e-5), x(g.numel()), dy(g.numel(), 3) {
     std::normal_distribution<double> normal;
-    for (int64_t c = 0; c < g.stats; ++c) {
+    for (int64_t c = 0; c < g.channels; ++c) {
       weight.push_back(0.5 + std::fabs(normal(random)));
       bias.push_back(normal(random));
     }
@@ -43,7 +43,7 @@ struct Problem {
     }
   }
 
-  int64_t channel_of(int64_t i) const { return i / g.inner % g.stats; }
+  int64_t channel_of(int64_t i) const { return i / g.inner % g.channels; }
 
   // About the statistics that the kernels get, not those that there are.
   Exact xhat(int64_t i) const { return (Exact(x[i]) - mean[channel_of(i)]) * invstd[channel_of(i)]; }
@@ -51,7 +51,7 @@ struct Problem {
   // Sums over each channel of f(element).
   template <typename F>
   std::vector<Exact> sums(const F& f) const {
-    std::vector<Exact> result(g.stats);
+    std::vector<Exact> result(g.channels);
     for (int64_t i = 0; i < g.numel(); ++i) result[channel_of(i)] += f(i);
     return result;
   }
@@ -67,9 +67,9 @@ struct Problem {
  private:
   void fill_x(Data data) {
     std::normal_distribution<double> normal;
-    std::vector<double> centre(g.stats), spread(g.stats);
-    for (int64_t c = 0; c < g.stats; ++c) centre[c] = normal(random), spread[c] = 0.5 + std::fabs(normal(random));
-    std::vector<int64_t> seen(g.stats);
+    std::vector<double> centre(g.channels), spread(g.channels);
+    for (int64_t c = 0; c < g.channels; ++c) centre[c] = normal(random), spread[c] = 0.5 + std::fabs(normal(random));
+    std::vector<int64_t> seen(g.channels);
     for (int64_t i = 0; i < g.numel(); ++i) {
       const int64_t c = channel_of(i);
       double value = centre[c] + (data == Data::kConstant ? 0 : spread[c] * normal(random));
@@ -90,7 +90,7 @@ struct Problem {
       return difference * difference;
     });
     std::vector<Statistics> result;
-    for (int64_t c = 0; c < g.stats; ++c)
+    for (int64_t c = 0; c < g.channels; ++c)
       result.push_back({means[c], m2[c] / g.count(), std::sqrt(m2[c] / g.count() + eps)});
     return result;
   }

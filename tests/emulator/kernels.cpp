@@ -52,7 +52,7 @@ class Test : Problem<T> {
   void launch(const auto& op, bool reduces, bool maps, int turn) {
     using Op = std::remove_cvref_t<decltype(op)>;
     // Of an empty tensor one that has its channels, as the launches of the library have it.
-    const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.stats, 1};
+    const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.channels, 1};
     const Request request{g, sizeof(T), Op::kInputs, Op::kCoefficients, aligned_, reduces, maps};
     Device device;
     device.sms = static_cast<int>(settings_.number("sms"));
@@ -103,7 +103,7 @@ class Test : Problem<T> {
   }
 
   void forward(const std::string& op) {
-    const int64_t channels = g_.stats;
+    const int64_t channels = g_.channels;
     const bool cumulative = settings_.is("momentum", "none"), tracks = op == "forward" || op == "apply",
                reduces = op == "forward" || op == "moments", maps = op != "moments",
                scales = op == "scale";  // the gradient of an evaluation: with the invstd there is and nothing else
@@ -186,7 +186,7 @@ class Test : Problem<T> {
   }
 
   void backward(const std::string& op) {
-    const int64_t channels = g_.stats;
+    const int64_t channels = g_.channels;
     const bool training = op != "eval_backward", halves = op == "grad_moments" || op == "grad_apply";
     const bool maps = op != "sums_backward" && op != "grad_moments", reduces = op != "grad_apply";
     const PerChannel<T> dweight(channels, weight_.is_float()), dbias(channels, weight_.is_float());

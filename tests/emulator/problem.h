@@ -58,16 +58,16 @@ class Problem {
                                                                       : std::numeric_limits<A>::max(),
                           kLoud = std::is_same_v<T, double> ? 1e290 : kLimit / 16;
 
-  int64_t channel_of(int64_t i) const { return i / g_.inner % g_.stats; }
+  int64_t channel_of(int64_t i) const { return i / g_.inner % g_.channels; }
 
   Buffer<T> values(const std::string& kind) {
     std::normal_distribution<double> normal;
-    std::vector<double> centre(g_.stats), spread(g_.stats);
-    for (int64_t c = 0; c < g_.stats; ++c) centre[c] = normal(random_), spread[c] = 0.5 + std::fabs(normal(random_));
+    std::vector<double> centre(g_.channels), spread(g_.channels);
+    for (int64_t c = 0; c < g_.channels; ++c) centre[c] = normal(random_), spread[c] = 0.5 + std::fabs(normal(random_));
     Buffer<T> buffer(g_.numel(), aligned_);
     for (int64_t i = 0; i < g_.numel(); ++i) {
       const int64_t c = channel_of(i);
-      const bool first = i < g_.stats * g_.inner && i % g_.inner == 0;
+      const bool first = i < g_.channels * g_.inner && i % g_.inner == 0;
       double value = centre[c] + spread[c] * normal(random_);
       if (kind == "shifted") value += kFar * spread[c];
       if (kind == "outlier" && first) value += kOutlier;
@@ -77,7 +77,7 @@ class Problem {
       if (kind == "loud") value = kLoud * std::clamp(normal(random_), -4.0, 4.0);
       if (kind == "limit") value = kLimit * std::clamp(2 * value, -1.0, 1.0);
       if (kind == "spike") value = kLimit * (first ? -1.0 : 0.9);
-      if (kind == "nan" && c == 0 && i == g_.numel() - g_.stats * g_.inner) value = NAN;
+      if (kind == "nan" && c == 0 && i == g_.numel() - g_.channels * g_.inner) value = NAN;
       if (kind == "inf" && c == 0 && first) value = INFINITY;
       buffer[i] = narrow<T>(static_cast<A>(value));
     }
@@ -85,9 +85,9 @@ class Problem {
   }
 
   PerChannel<T> parameters(double from, double to) {
-    PerChannel<T> result(g_.stats, settings_.is("parameters", "f32"));
+    PerChannel<T> result(g_.channels, settings_.is("parameters", "f32"));
     std::uniform_real_distribution<double> uniform(from, to);
-    for (int64_t c = 0; c < g_.stats; ++c) result.set(c, uniform(random_));
+    for (int64_t c = 0; c < g_.channels; ++c) result.set(c, uniform(random_));
     return result;
   }
 
@@ -102,7 +102,7 @@ class Problem {
   // Sums over each channel of f(element).
   template <typename F>
   std::vector<Exact> sums(const F& f) const {
-    std::vector<Exact> result(g_.stats);
+    std::vector<Exact> result(g_.channels);
     for (int64_t i = 0; i < g_.numel(); ++i) result[channel_of(i)] += f(i);
     return result;
   }
@@ -132,8 +132,8 @@ class Problem {
 
   // Of sums about 0, of which each is in two parts: [sum | rest | squares | rest | n].
   Statistics of_sums(const Buffer<double>& sums, int64_t c) const {
-    const auto whole = [&](int64_t row) { return Exact(sums[row * g_.stats + c]) + sums[(row + 1) * g_.stats + c]; };
-    const Exact n = sums[4 * g_.stats], mean = whole(0) / n, var = whole(2) / n - mean * mean;
+    const auto whole = [&](int64_t row) { return Exact(sums[row * g_.channels + c]) + sums[(row + 1) * g_.channels + c]; };
+    const Exact n = sums[4 * g_.channels], mean = whole(0) / n, var = whole(2) / n - mean * mean;
     Statistics s = statistics(mean, var < 0 ? 0 : var);
     const Exact away = s.mean * s.mean / (s.std * s.std);
     s.mean_error = kMergeUnit * std::sqrt(away);
@@ -153,26 +153,26 @@ class Problem {
   template <typename F>
   std::vector<Statistics> per_channel(const F& f) const {
     std::vector<Statistics> result;
-    for (int64_t c = 0; c < g_.stats; ++c) result.push_back(f(c));
+    for (int64_t c = 0; c < g_.channels; ++c) result.push_back(f(c));
     return result;
   }
 
   // Those of the batch as a part of `total` elements that are a little different.
   Buffer<double> larger_sums(Exact total) const {
     const std::vector<Statistics> batch = of_batch();
-    Buffer<double> sums(4 * g_.stats + 1);
+    Buffer<double> sums(4 * g_.channels + 1);
     const auto set = [&](int64_t row, int64_t c, Exact value) {
-      sums[row * g_.stats + c] = static_cast<double>(value);
-      sums[(row + 1) * g_.stats + c] = static_cast<double>(value - sums[row * g_.stats + c]);
+      sums[row * g_.channels + c] = static_cast<double>(value);
+      sums[(row + 1) * g_.channels + c] = static_cast<double>(value - sums[row * g_.channels + c]);
     };
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.channels; ++c) {
       Exact mean = (n_ > 0 ? batch[c].mean : 0) + 0.1L;
       if (total == 1) mean = static_cast<float>(mean);  // whose square is exact: there is no variance
       const Exact var = total > 1 ? 1.1L * (n_ > 0 ? batch[c].var : 1) + 0.1L : 0;
       set(0, c, total * mean);
       set(2, c, total * (var + mean * mean));
     }
-    sums[4 * g_.stats] = static_cast<double>(total);
+    sums[4 * g_.channels] = static_cast<double>(total);
     return sums;
   }
 
