@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._normalize import normalize
+from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
+from batchnorm_ext._normalize import normalize, normalize_groups
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm"]
 
 
 def batch_norm(
@@ -64,15 +65,121 @@ def batch_norm(
         if (
             momentum is not None
             and not _ops.leaves_process()
-            and _ops.takes(input, running_mean, running_var, weight, bias)
+            and _ops.takes(BATCH_NORM, input, running_mean, running_var, weight, bias)
         ):
-            return normalize(
-                input, running_mean, running_var, weight, bias, None, None, training, momentum, eps
-            )
-        return _ops.by_torch(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+            tensors = (input, running_mean, running_var, weight, bias, None, None)
+            return normalize(BATCH_NORM, *tensors, training, momentum, eps)
+        tensors = (input, running_mean, running_var, weight, bias)
+        return BATCH_NORM(*tensors, training, momentum, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-_ops.our_function = batch_norm
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Instance normalization, as :func:`torch.nn.functional.instance_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance per sample and channel, over the spatial dimensions. Source:
+    Ulyanov, Vedaldi & Lempitsky, *Instance Normalization: The Missing Ingredient for Fast
+    Stylization*, 2016, equation 2.
+
+    Args:
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
+        running_mean, running_var: ``(C,)``, or both None. With ``use_input_stats`` they move to the
+            average of the statistics over the samples by ``momentum``, the variance to the unbiased
+            one.
+        weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of
+            input's dtype.
+        use_input_stats: use the statistics of the input; otherwise the running ones.
+        momentum: share of the input in the new running statistics.
+        eps: added to the variance.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: one element per sample and channel with ``use_input_stats``.
+        RuntimeError: sizes, dtypes or devices that do not fit together; no running statistics
+            without ``use_input_stats``.
+
+        These are PyTorch's errors. No tensor is changed.
+
+    Example::
+
+        >>> x = torch.randn(8, 16, 32, 32)
+        >>> y = batchnorm_ext.functional.instance_norm(x)
+        >>> y.mean((2, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if (
+            momentum is not None
+            and not _ops.leaves_process()
+            and _ops.takes(INSTANCE_NORM, input, running_mean, running_var, weight, bias)
+            and input.dim() > 2
+        ):
+            groups = input.size(1) if use_input_stats else 0
+            tensors = (input, running_mean, running_var, weight, bias, None, None)
+            return normalize(INSTANCE_NORM, *tensors, bool(use_input_stats), momentum, eps, groups)
+        tensors = (input, running_mean, running_var, weight, bias)
+        return INSTANCE_NORM(*tensors, use_input_stats, momentum, eps)
+    return F.instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Group normalization, as :func:`torch.nn.functional.group_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance per sample and group of adjacent channels. Source: Wu & He,
+    *Group Normalization*, 2018, equations 1, 2 and 7.
+
+    Args:
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
+        num_groups: number of groups, which divides C.
+        weight, bias: gamma and beta, ``(C,)``, float32 or of input's dtype.
+        eps: added to the variance.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: one element per statistic.
+        RuntimeError: sizes, dtypes or devices that do not fit together.
+
+        These are PyTorch's errors.
+
+    Example::
+
+        >>> x = torch.randn(8, 16, 32, 32)
+        >>> y = batchnorm_ext.functional.group_norm(x, 4)
+        >>> y.reshape(8, 4, -1).mean(-1).abs().max() < 1e-6
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if not _ops.leaves_process() and _ops.takes(GROUP_NORM, input, weight, bias):
+            return normalize_groups(input, num_groups, weight, bias, eps)
+        return GROUP_NORM(input, num_groups, weight, bias, eps)
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+BATCH_NORM.ours, INSTANCE_NORM.ours, GROUP_NORM.ours = batch_norm, instance_norm, group_norm

@@ -1,4 +1,4 @@
-"""Drop-ins for the batch normalization classes of ``torch.nn``.
+"""Drop-ins for the normalization classes of ``torch.nn``.
 
 Each class derives from its counterpart and replaces ``forward`` alone, so that constructor,
 ``state_dict``, ``repr``, checks and ``isinstance`` are those of ``torch.nn``.
@@ -7,20 +7,27 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 from torch import nn
 
 from batchnorm_ext._docstrings import documented
-from batchnorm_ext._layer import FusedForward
+from batchnorm_ext._layer import FusedBatchNorm, FusedGroupNorm, FusedInstanceNorm
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
 ]
 
 
 @documented("(N, C) or (N, C, L)")
-class BatchNorm1d(FusedForward, nn.BatchNorm1d):
+class BatchNorm1d(FusedBatchNorm, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` on the fused kernels.
 
     Example::
@@ -32,7 +39,7 @@ class BatchNorm1d(FusedForward, nn.BatchNorm1d):
 
 
 @documented("(N, C, H, W)")
-class BatchNorm2d(FusedForward, nn.BatchNorm2d):
+class BatchNorm2d(FusedBatchNorm, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on the fused kernels.
 
     Example::
@@ -45,7 +52,7 @@ class BatchNorm2d(FusedForward, nn.BatchNorm2d):
 
 
 @documented("(N, C, D, H, W)")
-class BatchNorm3d(FusedForward, nn.BatchNorm3d):
+class BatchNorm3d(FusedBatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` on the fused kernels.
 
     Example::
@@ -57,7 +64,7 @@ class BatchNorm3d(FusedForward, nn.BatchNorm3d):
 
 
 @documented("(N, C) or (N, C, L)")
-class LazyBatchNorm1d(FusedForward, nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(FusedBatchNorm, nn.LazyBatchNorm1d):
     """A :class:`BatchNorm1d` that takes ``num_features`` from its first input.
 
     Example::
@@ -71,7 +78,7 @@ class LazyBatchNorm1d(FusedForward, nn.LazyBatchNorm1d):
 
 
 @documented("(N, C, H, W)")
-class LazyBatchNorm2d(FusedForward, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(FusedBatchNorm, nn.LazyBatchNorm2d):
     """A :class:`BatchNorm2d` that takes ``num_features`` from its first input.
 
     Example::
@@ -85,7 +92,7 @@ class LazyBatchNorm2d(FusedForward, nn.LazyBatchNorm2d):
 
 
 @documented("(N, C, D, H, W)")
-class LazyBatchNorm3d(FusedForward, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(FusedBatchNorm, nn.LazyBatchNorm3d):
     """A :class:`BatchNorm3d` that takes ``num_features`` from its first input.
 
     Example::
@@ -96,3 +103,86 @@ class LazyBatchNorm3d(FusedForward, nn.LazyBatchNorm3d):
     """
 
     cls_to_become = BatchNorm3d
+
+
+class InstanceNorm1d(FusedInstanceNorm, nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.InstanceNorm1d(16, affine=True)
+        >>> norm(torch.randn(2, 16, 100)).shape
+        torch.Size([2, 16, 100])
+    """
+
+
+class InstanceNorm2d(FusedInstanceNorm, nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.InstanceNorm2d(16, affine=True)
+        >>> norm(torch.randn(2, 16, 32, 32)).shape
+        torch.Size([2, 16, 32, 32])
+    """
+
+
+class InstanceNorm3d(FusedInstanceNorm, nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.InstanceNorm3d(16, affine=True)
+        >>> norm(torch.randn(2, 16, 8, 32, 32)).shape
+        torch.Size([2, 16, 8, 32, 32])
+    """
+
+
+class LazyInstanceNorm1d(FusedInstanceNorm, nn.LazyInstanceNorm1d):
+    """An :class:`InstanceNorm1d` that takes ``num_features`` from its first input.
+
+    Example::
+
+        >>> norm = batchnorm_ext.LazyInstanceNorm1d()
+        >>> norm(torch.randn(2, 16, 100)).shape, norm.num_features
+        (torch.Size([2, 16, 100]), 16)
+    """
+
+    cls_to_become = InstanceNorm1d
+
+
+class LazyInstanceNorm2d(FusedInstanceNorm, nn.LazyInstanceNorm2d):
+    """An :class:`InstanceNorm2d` that takes ``num_features`` from its first input.
+
+    Example::
+
+        >>> norm = batchnorm_ext.LazyInstanceNorm2d()
+        >>> norm(torch.randn(2, 16, 32, 32)).shape, norm.num_features
+        (torch.Size([2, 16, 32, 32]), 16)
+    """
+
+    cls_to_become = InstanceNorm2d
+
+
+class LazyInstanceNorm3d(FusedInstanceNorm, nn.LazyInstanceNorm3d):
+    """An :class:`InstanceNorm3d` that takes ``num_features`` from its first input.
+
+    Example::
+
+        >>> norm = batchnorm_ext.LazyInstanceNorm3d()
+        >>> norm(torch.randn(2, 16, 8, 32, 32)).shape, norm.num_features
+        (torch.Size([2, 16, 8, 32, 32]), 16)
+    """
+
+    cls_to_become = InstanceNorm3d
+
+
+class GroupNorm(FusedGroupNorm, nn.GroupNorm):
+    """:class:`torch.nn.GroupNorm` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.GroupNorm(4, 16)
+        >>> norm(torch.randn(2, 16, 32, 32)).shape
+        torch.Size([2, 16, 32, 32])
+    """

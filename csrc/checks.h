@@ -87,7 +87,7 @@ inline void check_operands(const Operands& o, const Spec& s) {
                                   "The function 'batch_norm' is not differentiable with respect to argument '", name,
                                   "'. This input cannot have requires_grad True.");
     }
-    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0), "batch_norm eps must be ",
+    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0) || s.groups > 0, "batch_norm eps must be ",
                                 s.training ? "positive during training" : "non-negative", ", but got ", s.eps);
     TORCH_CHECK_NOT_IMPLEMENTED(
         !s.update || s.momentum || o.num_batches_tracked,
@@ -97,7 +97,11 @@ inline void check_operands(const Operands& o, const Spec& s) {
                                 "batch_norm: expected groups to be 0, or positive in training, got ", s.groups);
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds((o.x.sym_size(1) % s.groups).sym_eq(0)),
                                 "Expected number of channels in input to be divisible by num_groups, but got input of "
-                                "shape ", o.x.sym_sizes(), " and num_groups=", s.groups);
+                                "shape ",
+                                o.x.sym_sizes(), " and num_groups=", s.groups);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds(o.x.sym_numel().sym_ne(stats_of(o.x, s.groups))),
+                                "batch_norm: expected more than 1 element per statistic, got input of shape ",
+                                o.x.sym_sizes(), " and ", s.groups, " groups");
   });
 }
 

@@ -1,7 +1,8 @@
 // Which elements of a dense tensor share one mean and one variance.
 //
-// Flat memory is [batch, outer, channels, inner]. The elements of one index of `batch` and of `channels` are a cell; they
-// run over `outer` and `inner`. A statistic covers `per_stat` adjacent cells. Batch normalization has one per channel:
+// Flat memory is [batch, outer, channels, inner]. The elements of one index of `batch` and of `channels` are a cell;
+// they run over `outer` and `inner`. A statistic covers `per_stat` adjacent cells. Batch normalization has one per
+// channel:
 //   (N, C, H, W) contiguous       batch = 1   outer = N        channels = C   inner = H*W   per_stat = 1
 //   (N, C, H, W) channels_last    batch = 1   outer = N*H*W    channels = C   inner = 1     per_stat = 1
 //   (N, C)                        batch = 1   outer = N        channels = C   inner = 1     per_stat = 1

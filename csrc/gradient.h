@@ -33,7 +33,8 @@ inline at::Tensor along_stats(const at::Tensor& values, const at::Tensor& x, int
   std::vector<c10::SymInt> shape(x.dim(), 1);
   shape[0] = x.sym_size(0);
   shape[1] = x.sym_size(1);
-  const auto per_cell = values.reshape_symint({shape[0], groups, 1}).expand_symint({shape[0], groups, shape[1] / groups});
+  const auto per_cell =
+      values.reshape_symint({shape[0], groups, 1}).expand_symint({shape[0], groups, shape[1] / groups});
   return per_cell.reshape_symint(shape);
 }
 

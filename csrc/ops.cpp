@@ -1,7 +1,7 @@
 // Every operator schema, with what it computes. The sums run over the elements of one channel. With groups > 0 they
-// run over those of one sample and one of so many groups of channels, in training only: group normalization, or instance
-// normalization with groups of one channel. Then stats is [2, N * groups], and the running statistics move towards the
-// average over the samples.
+// run over those of one sample and one of so many groups of channels, in training only: group normalization, or
+// instance normalization with groups of one channel. Then stats is [2, N * groups], and the running statistics move
+// towards the average over the samples.
 #include <torch/library.h>
 
 TORCH_LIBRARY(batchnorm_ext, m) {

@@ -24,7 +24,8 @@ struct Spec {
   double eps;
   bool update = false;                            // the running statistics move towards those of the batch
   std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
-  int64_t groups = 0;  // of channels: each sample has statistics of its own for each; 0: one per channel for all samples
+  int64_t groups =
+      0;  // of channels: each sample has statistics of its own for each; 0: one per channel for all samples
 };
 
 // What to normalize, and with what. References: a bundle lives as long as the call.
@@ -43,13 +44,12 @@ using Mask = std::array<bool, 3>;                                  // the gradie
 // Implements the operators that reduce and map at once by run(operands, spec).
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_forward(torch::Library& m) {
-  m.impl("batch_norm",
-         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-            const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training, double eps,
-            int64_t groups) {
-           return run({x, weight, bias, running_mean, running_var, kNone, kNone},
-                      {training, eps, false, std::nullopt, groups});
-         });
+  m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                          double eps, int64_t groups) {
+    return run({x, weight, bias, running_mean, running_var, kNone, kNone},
+               {training, eps, false, std::nullopt, groups});
+  });
   m.impl("batch_norm_update",
          [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,

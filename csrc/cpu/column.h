@@ -116,8 +116,8 @@ class Column {
 
   // out = op(coefficients of each cell, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch,
-           T* out, const In*... in) const {
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch, T* out,
+           const In*... in) const {
     const Span s = span(block, chunk);
     const int64_t pitch = spreads(s) ? s.columns + L : 0;  // whole vectors are read from any column on
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));

@@ -40,9 +40,8 @@ Tensor moments(const Tensor& input) {
     for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
-    with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, NoMap());
-    });
+    with_pattern<scalar_t>(
+        geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, NoMap()); });
   });
   return sums;
 }
@@ -99,8 +98,8 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
     CoefficientTable<A, 1> centre(channels);
     for (int64_t c = 0; c < channels; ++c) centre.row(0)[c] = static_cast<A>(mean[c]);
     with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      reduce_grads(pattern, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean,
-                   invstd, finish, NoMap());
+      reduce_grads(pattern, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean, invstd,
+                   finish, NoMap());
     });
   });
   return sums;

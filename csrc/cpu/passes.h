@@ -95,8 +95,7 @@ void reduce_grads(const Pattern& pattern, const T* dy, const T* x, const Acc<T>*
 
 // out = op(coefficients of each cell, in...) for a whole tensor.
 template <typename T, typename Op, typename... In>
-void map_tensor(const Geometry& geometry, const Op& op, const Acc<T>* const* coefficients, T* out,
-                const In*... in) {
+void map_tensor(const Geometry& geometry, const Op& op, const Acc<T>* const* coefficients, T* out, const In*... in) {
   if (geometry.numel() == 0) return;
   with_map_pattern<T>(geometry, [&](const auto& pattern) {
     with_streaming<T>(geometry, [&](auto streaming) {

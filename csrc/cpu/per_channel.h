@@ -17,7 +17,7 @@ using Channels = std::unique_ptr<double[]>;
 
 // All values, for each sample; an absent tensor reads as `absent` everywhere.
 inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, double absent, int64_t batch = 1) {
-  Channels values(new double[batch * channels]);
+  Channels values(new double[std::max<int64_t>(1, batch) * channels]);
   if (!tensor) {
     std::fill_n(values.get(), batch * channels, absent);
     return values;
@@ -39,8 +39,8 @@ inline void write_channels(const at::Tensor& tensor, int64_t channels, const dou
   });
 }
 
-// Moves the running statistics to those of `count` elements per cell, of which each channel has one per sample: to their
-// average. Counts the batch. A single element has no unbiased variance: it leaves the running one as it is.
+// Moves the running statistics to those of `count` elements per cell, of which each channel has one per sample: to
+// their average. Counts the batch. A single element has no unbiased variance: it leaves the running one as it is.
 inline void track(const Operands& o, const Spec& s, const Geometry& g, double count, const double* mean,
                   const double* var) {
   if (!s.update) return;

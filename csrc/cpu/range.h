@@ -45,8 +45,8 @@ template <typename T>
 // its mean.
 template <typename T>
 void mend_moments(const Geometry& g, const T* x, int64_t first, int64_t width, double* mean, double* m2) {
-  const double least =
-      std::is_same_v<T, double> ? -std::numeric_limits<double>::infinity() : static_cast<double>(g.cell_count()) * 1e-30;
+  const double least = std::is_same_v<T, double> ? -std::numeric_limits<double>::infinity()
+                                                 : static_cast<double>(g.cell_count()) * 1e-30;
   const auto lost = [&](int64_t i) { return (!is_finite(m2[i])) | ((m2[i] != 0) & (m2[i] < least)); };
   mend_where(width, lost, [&](int64_t i) {
     const Moments again = resum_moments(g, x, first + i);

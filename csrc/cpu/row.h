@@ -90,8 +90,7 @@ class Row {
     sets.results(1, 1, mean, m2);
   }
 
-  void cell_grad_sums(const T* dy, const T* x, A mean, int64_t cell, int64_t chunk, double* sum,
-                         double* dot) const {
+  void cell_grad_sums(const T* dy, const T* x, A mean, int64_t cell, int64_t chunk, double* sum, double* dot) const {
     const Span s = span(cell, chunk);
     if ((s.length + kPart - 1) / kPart * s.runs <= kTile) return few_grad_sums(dy, x, mean, s, sum, dot);
     const int64_t whole = s.length / L, rest = s.length % L;
