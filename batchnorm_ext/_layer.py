@@ -42,9 +42,7 @@ class Fused:
     def _forward_or_leave(self, input: Tensor) -> Tensor:
         native = self.__native.forward
         # someone has replaced torch.nn's forward, or the graph is being exported
-        if native is not self.__as_imported or (
-            _ops.leaves_process() and self._exports_as_torch()
-        ):
+        if native is not self.__as_imported or (_ops.leaves_process() and self._exports_as_torch()):
             return native(self, input)
         if isinstance(input, fx.Proxy):
             return self.__traced(input)
@@ -147,6 +145,26 @@ class FusedGroupNorm(Fused):
     def _fused_forward(self, input: Tensor) -> Tensor:
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
         return functional.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class FusedLayerNorm(Fused):
+    @_stands_for(nn.LayerNorm.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class FusedRMSNorm(Fused):
+    @_stands_for(nn.RMSNorm.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_or_leave(x)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight = own(self, "_parameters", "weight")
+        return functional.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
 def statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -4,14 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BATCH_NORM", "GROUP_NORM", "INSTANCE_NORM", "Native"]
+__all__ = ["BATCH_NORM", "GROUP_NORM", "INSTANCE_NORM", "LAYER_NORM", "RMS_NORM", "Native"]
 
 
 class Native:
-    """A function of ``torch.nn.functional``, as it is now: a program may have replaced it."""
+    """A function of ``torch.nn.functional``, as it is now: a program may have replaced it.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    ``devices``: the types of device that this library has kernels for.
+    """
+
+    def __init__(self, name: str, *devices: str) -> None:
+        self.name, self.devices = name, (*devices, "meta")
         self._function, self._operator = getattr(F, name), getattr(torch, name)
         self.ours = None  # what a program may put in its place to use this library
 
@@ -26,4 +29,8 @@ class Native:
         ) is not self._operator
 
 
-BATCH_NORM, INSTANCE_NORM, GROUP_NORM = map(Native, ("batch_norm", "instance_norm", "group_norm"))
+BATCH_NORM = Native("batch_norm", "cpu", "cuda")
+INSTANCE_NORM = Native("instance_norm", "cpu")
+GROUP_NORM = Native("group_norm", "cpu")
+LAYER_NORM = Native("layer_norm", "cpu")  # on CUDA, PyTorch's kernels are the best there are
+RMS_NORM = Native("rms_norm", "cpu")

@@ -1,12 +1,13 @@
 """Calls the operators, and torch's own function for what they refuse."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._native import GROUP_NORM, Native
+from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track, undone_on_error
 
 
@@ -52,18 +53,15 @@ def normalize(
     return _by_torch(native, *tensors, *batches, training, momentum, eps)
 
 
-def normalize_groups(
-    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """The same without running statistics, for arguments of ``F.group_norm``."""
-    if isinstance(eps, _NUMBER) and isinstance(num_groups, int) and num_groups > 0:
-        try:
-            return _ops.batch_norm(input, weight, bias, None, None, True, eps, num_groups)[0]
-        except RuntimeError as error:
-            if not _ops.is_refusal(error) or torch.compiler.is_compiling():
-                raise
-            _ops.log_once(GROUP_NORM.name, str(error).partition("\n")[0])
-    return GROUP_NORM(input, num_groups, weight, bias, eps)
+def call_or_log(native: Native, operator: Callable, *arguments) -> Tensor | None:
+    """The output of an operator that writes nothing, or None if it refuses these arguments."""
+    try:
+        return operator(*arguments)[0]
+    except RuntimeError as error:
+        if not _ops.is_refusal(error) or torch.compiler.is_compiling():
+            raise
+        _ops.log_once(native.name, str(error).partition("\n")[0])
+        return None
 
 
 _NUMBER = (float, int)

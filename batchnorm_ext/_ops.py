@@ -104,6 +104,7 @@ _refusal, _instruction_set, _cuda_architectures = _load()
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
+layer_norm = torch.ops.batchnorm_ext.layer_norm.default
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _STRIDED = torch.strided
@@ -150,7 +151,7 @@ def refusal(native: Native, input: Tensor, *others: Tensor | None) -> str | None
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
         return f"dtype {input.dtype}"
-    if not (input.is_cpu or _has_kernels_for(input.device)):
+    if not (input.is_cpu or _has_kernels_for(native, input.device)):
         return f"device {input.device}"
     if type(input) not in _PLAIN and _dispatches_in_python(input):
         return f"tensor subclass {type(input).__qualname__}"
@@ -169,7 +170,9 @@ def is_refusal(error: RuntimeError) -> bool:
 _REFUSALS_OF_PYTORCH = (
     "batchnorm_ext::batch_norm() Expected",  # an argument that is no tensor
     "batchnorm_ext::batch_norm_update() Expected",
+    "batchnorm_ext::layer_norm() Expected",
     "Could not run 'batchnorm_ext::batch_norm",  # an argument on another device, or quantized
+    "Could not run 'batchnorm_ext::layer_norm",
 )
 
 
@@ -184,10 +187,12 @@ def _overriding(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def _has_kernels_for(device: torch.device) -> bool:
-    if device.type == "cuda" and _cuda_architectures:
-        return _has_kernels_for_cuda(device.index)
-    return device.type in ("cpu", "meta")
+def _has_kernels_for(native: Native, device: torch.device) -> bool:
+    if device.type not in native.devices:
+        return False
+    if device.type == "cuda":
+        return bool(_cuda_architectures) and _has_kernels_for_cuda(device.index)
+    return True
 
 
 def _has_kernels_for_cuda(index: int) -> bool:

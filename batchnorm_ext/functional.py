@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM
-from batchnorm_ext._normalize import normalize, normalize_groups
+from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from batchnorm_ext._normalize import call_or_log, normalize
 
-__all__ = ["batch_norm", "group_norm", "instance_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def batch_norm(
@@ -176,10 +176,108 @@ def group_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(GROUP_NORM, input, weight, bias):
-            return normalize_groups(input, num_groups, weight, bias, eps)
+        if (
+            isinstance(num_groups, int)
+            and num_groups > 0
+            and not _ops.leaves_process()
+            and _ops.takes(GROUP_NORM, input, weight, bias)
+        ):
+            arguments = (input, weight, bias, None, None, True, eps, num_groups)
+            output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
+            if output is not None:
+                return output
         return GROUP_NORM(input, num_groups, weight, bias, eps)
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalization, as :func:`torch.nn.functional.layer_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance over the last dimensions. Source: Ba, Kiros & Hinton, *Layer
+    Normalization*, 2016, equation 3.
+
+    Args:
+        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
+            is handed to PyTorch's function.
+        normalized_shape: sizes of the last dimensions.
+        weight, bias: gamma and beta of that shape, float32 or of input's dtype.
+        eps: added to the variance.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``input``.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
+
+    Example::
+
+        >>> x = torch.randn(8, 100, 512)
+        >>> y = batchnorm_ext.functional.layer_norm(x, (512,))
+        >>> y.mean(-1).abs().max() < 1e-6
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
+            arguments = (input, normalized_shape, weight, bias, True, eps)
+            output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
+            if output is not None:
+                return output
+        return LAYER_NORM(input, normalized_shape, weight, bias, eps)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root mean square normalization, as :func:`torch.nn.functional.rms_norm`.
+
+    .. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} * \gamma
+
+    with the mean over the last dimensions. Source: Zhang & Sennrich, *Root Mean Square Layer
+    Normalization*, 2019, equation 4.
+
+    Args:
+        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
+            is handed to PyTorch's function.
+        normalized_shape: sizes of the last dimensions.
+        weight: gamma of that shape, float32 or of input's dtype.
+        eps: added to the mean square. Default: the machine epsilon of the dtype that the statistics
+            are computed in.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``input``.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
+
+    Example::
+
+        >>> x = torch.randn(8, 100, 512)
+        >>> y = batchnorm_ext.functional.rms_norm(x, (512,))
+        >>> (y.square().mean(-1) - 1).abs().max() < 1e-5
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
+            least = torch.finfo(input.dtype).eps if eps is None else eps
+            arguments = (input, normalized_shape, weight, None, False, least)
+            output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)
+            if output is not None:
+                return output
+        return RMS_NORM(input, normalized_shape, weight, eps)
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
 BATCH_NORM.ours, INSTANCE_NORM.ours, GROUP_NORM.ours = batch_norm, instance_norm, group_norm
+LAYER_NORM.ours, RMS_NORM.ours = layer_norm, rms_norm

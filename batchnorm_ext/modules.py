@@ -7,7 +7,13 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 from torch import nn
 
 from batchnorm_ext._docstrings import documented
-from batchnorm_ext._layer import FusedBatchNorm, FusedGroupNorm, FusedInstanceNorm
+from batchnorm_ext._layer import (
+    FusedBatchNorm,
+    FusedGroupNorm,
+    FusedInstanceNorm,
+    FusedLayerNorm,
+    FusedRMSNorm,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -17,12 +23,14 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
+    "RMSNorm",
 ]
 
 
@@ -185,4 +193,26 @@ class GroupNorm(FusedGroupNorm, nn.GroupNorm):
         >>> norm = batchnorm_ext.GroupNorm(4, 16)
         >>> norm(torch.randn(2, 16, 32, 32)).shape
         torch.Size([2, 16, 32, 32])
+    """
+
+
+class LayerNorm(FusedLayerNorm, nn.LayerNorm):
+    """:class:`torch.nn.LayerNorm` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.LayerNorm(512)
+        >>> norm(torch.randn(8, 100, 512)).shape
+        torch.Size([8, 100, 512])
+    """
+
+
+class RMSNorm(FusedRMSNorm, nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm` on the fused kernels.
+
+    Example::
+
+        >>> norm = batchnorm_ext.RMSNorm(512)
+        >>> norm(torch.randn(8, 100, 512)).shape
+        torch.Size([8, 100, 512])
     """

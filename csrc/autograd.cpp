@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "gradient.h"
@@ -41,6 +42,8 @@ struct Saved {
   bool training;
   std::optional<at::ScalarType> bias_dtype;
   int64_t groups;
+  bool centred;
+  std::vector<int64_t> normalized_shape;  // not empty: x is taken as rows of so many elements
 };
 
 Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
@@ -57,14 +60,14 @@ Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ran
     return averages;
   };
   return differentiable_gradients(dy, saved.x, saved.weight, saved.stats, saved.training, saved.bias_dtype, mask,
-                                  saved.groups, average);
+                                  saved.groups, saved.centred, average);
 }
 
 // By the kernels. Over ranks, the gradients of the parameters stay those of this rank, and are made while the message
 // is on its way.
 Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
-  const auto& [x, weight, stats, count, training, bias_dtype, groups] = saved;
-  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, groups);
+  const auto& [x, weight, stats, count, training, bias_dtype, groups, centred, shape] = saved;
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, groups, centred);
   const Tensor sums = call_grad_moments(dy, x, stats);
   Tensor pending, dx;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
@@ -76,7 +79,25 @@ Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+int64_t numel_of(at::IntArrayRef shape) { return c10::multiply_integers(shape); }
+
+Tensor as_rows(const Tensor& x, at::IntArrayRef normalized_shape) {
+  return x.reshape_symint({-1, numel_of(normalized_shape)});
+}
+
+OptionalTensor as_row(const OptionalTensor& parameter) {
+  return !parameter || parameter->dim() == 1 ? parameter : OptionalTensor(parameter->reshape({-1}));
+}
+
 Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
+  if (!saved.normalized_shape.empty()) {
+    const at::IntArrayRef shape = saved.normalized_shape;
+    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats,  saved.count, saved.training,
+                     saved.bias_dtype,        saved.groups,         saved.centred, {}};
+    auto [dx, dweight, dbias] = gradients(as_rows(dy, shape), rows, ranks, mask);
+    return {mask[0] ? dx.view_symint(saved.x.sym_sizes()) : dx, mask[1] ? dweight.view(shape) : dweight,
+            mask[2] ? dbias.view(shape) : dbias};
+  }
   if (is_differentiated(dy, saved.x, saved.weight)) return gradients_by_operators(dy, saved, ranks, mask);
   at::AutoDispatchBelowADInplaceOrView guard;
   return gradients_by_kernels(dy, saved, ranks, mask);
@@ -86,9 +107,27 @@ struct Outputs {
   Tensor y, stats, count;
 };
 
-Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
+const Ranks kAlone;
+
+// The arguments of a forward.
+struct Call {
+  const Operands& operands;
+  const Spec& spec;
+  const Ranks& ranks = kAlone;
+  at::IntArrayRef normalized_shape = {};  // see Saved
+};
+
+Outputs forward(const Call& call) {
+  const auto& [o, s, ranks, shape] = call;
   at::AutoDispatchBelowADInplaceOrView guard;
   Outputs outputs;
+  if (!shape.empty()) {
+    const Tensor rows = as_rows(o.x, shape);
+    const OptionalTensor weight = as_row(o.weight), bias = as_row(o.bias);
+    outputs = forward({{rows, weight, bias, kNone, kNone, kNone, kNone}, s});
+    outputs.y = outputs.y.view_symint(o.x.sym_sizes());
+    return outputs;
+  }
   if (ranks.alone()) {
     std::tie(outputs.y, outputs.stats) = call_forward(o, s);
     return outputs;
@@ -103,12 +142,6 @@ Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
   return outputs;
 }
 
-struct Call {
-  const Operands& operands;
-  const Spec& spec;
-  const Ranks& ranks;
-};
-
 // Its inputs are what has a gradient; the rest comes in `call`, which autograd does not look at.
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true;
@@ -117,11 +150,15 @@ struct Norm : torch::autograd::Function<Norm> {
   // adds time to every call.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                         const Call& call, Tensor* stats) {
-    auto [y, statistics, count] = batchnorm_ext::forward(call.operands, call.spec, call.ranks);
-    const auto& [operands, spec, ranks] = call;
+    auto [y, statistics, count] = batchnorm_ext::forward(call);
+    const auto& [operands, spec, ranks, shape] = call;
     ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
     ctx->saved_data["training"] = spec.training;
-    ctx->saved_data["groups"] = spec.groups;
+    if (spec.groups > 0) {
+      ctx->saved_data["groups"] = spec.groups;
+      ctx->saved_data["centred"] = spec.centred;
+      ctx->saved_data["shape"] = shape.vec();
+    }
     if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
     if (operands.bias) ctx->saved_data["bias"] = bias.scalar_type();
     ctx->set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
@@ -163,13 +200,16 @@ struct Norm : torch::autograd::Function<Norm> {
       return !tensor.defined() || tensor.scalar_type() == to ? tensor : tensor.to(to);
     };
     const variable_list saved = ctx->get_saved_variables();
+    const bool groups = ctx->saved_data.find("groups") != ctx->saved_data.end();
     return {in(saved[0], dy.scalar_type()),
             optional(in(saved[1], dtype("weight").value_or(at::kFloat))),
             in(saved[2], at::kDouble),
             in(saved[3], at::kDouble),
             ctx->saved_data["training"].toBool(),
             dtype("bias"),
-            ctx->saved_data["groups"].toInt()};
+            groups ? ctx->saved_data["groups"].toInt() : 0,
+            groups ? ctx->saved_data["centred"].toBool() : true,
+            groups ? ctx->saved_data["shape"].toIntVector() : std::vector<int64_t>()};
   }
 };
 
@@ -181,26 +221,27 @@ void check_saved(const Operands& o) {
   });
 }
 
-Normalized differentiable(const Operands& o, const Spec& s, const Ranks& ranks) {
+Normalized differentiable(const Call& call) {
+  const Operands& o = call.operands;
   if (is_differentiated(o.x, o.weight, o.bias)) {
     check_saved(o);
     Tensor stats;
     // Autograd wants a tensor in its place. Not made through the dispatcher, where a mode could make it a fake one.
     static const Tensor absent(at::detail::empty_cpu({0}, at::TensorOptions()));
-    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), Call{o, s, ranks}, &stats);
+    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), call, &stats);
     return {std::move(y), std::move(stats)};
   }
-  auto [y, stats, count] = forward(o, s, ranks);
+  auto [y, stats, count] = forward(call);
   return {std::move(y), std::move(stats)};
 }
 
 // The version of the counter is raised, as by the in-place addition of torch.nn. A tensor of inference mode has none:
 // outside of that mode this raises, before anything is written.
 Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
-  if (!s.update || !o.num_batches_tracked) return differentiable(o, s, ranks);
+  if (!s.update || !o.num_batches_tracked) return differentiable({o, s, ranks});
   at::TensorImpl* const counter = o.num_batches_tracked->unsafeGetTensorImpl();
   if (counter->is_inference()) counter->bump_version();
-  Normalized result = differentiable(o, s, ranks);
+  Normalized result = differentiable({o, s, ranks});
   if (!counter->is_inference()) counter->bump_version();
   return result;
 }
@@ -208,8 +249,9 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
 Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
-  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, groups}, {}, mask);
+                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups,
+                              bool centred) {
+  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, groups, centred, {}}, {}, mask);
 }
 
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -224,6 +266,15 @@ Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const 
   });
 }
 
+Normalized layer_norm(const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, bool centred, double eps) {
+  check_rows(x, normalized_shape, weight, bias);
+  return differentiable({{x, weight, bias, kNone, kNone, kNone, kNone},
+                         {true, eps, false, std::nullopt, 1, centred},
+                         kAlone,
+                         normalized_shape});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
@@ -231,6 +282,9 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
   m.impl("batch_norm_backward", batch_norm_backward);
 }
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) { m.impl("sync_batch_norm", sync_batch_norm); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
+  m.impl("sync_batch_norm", sync_batch_norm);
+  m.impl("layer_norm", layer_norm);
+}
 
 }  // namespace batchnorm_ext

@@ -95,6 +95,8 @@ inline void check_operands(const Operands& o, const Spec& s) {
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups >= 0 && (s.groups == 0 || s.training),
                                 "batch_norm: expected groups to be 0, or positive in training, got ", s.groups);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.centred || (s.groups > 0 && o.x.dim() == 2),
+                                "batch_norm: expected input of two dimensions and groups without centred");
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds((o.x.sym_size(1) % s.groups).sym_eq(0)),
                                 "Expected number of channels in input to be divisible by num_groups, but got input of "
                                 "shape ",
@@ -102,6 +104,27 @@ inline void check_operands(const Operands& o, const Spec& s) {
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds(o.x.sym_numel().sym_ne(stats_of(o.x, s.groups))),
                                 "batch_norm: expected more than 1 element per statistic, got input of shape ",
                                 o.x.sym_sizes(), " and ", s.groups, " groups");
+  });
+}
+
+// Rows of the last dimensions, with parameters of their size.
+inline void check_rows(const at::Tensor& x, at::IntArrayRef shape, const OptionalTensor& weight,
+                       const OptionalTensor& bias) {
+  const auto ends_in = [&](const at::Tensor& tensor) {
+    const int64_t before = tensor.dim() - static_cast<int64_t>(shape.size());
+    if (shape.empty() || before < 0) return false;
+    for (size_t d = 0; d < shape.size(); ++d)
+      if (!holds(tensor.sym_size(before + static_cast<int64_t>(d)).sym_eq(shape[d]))) return false;
+    return true;
+  };
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(ends_in(x), "layer_norm: expected input to end in the sizes ", shape, ", got ",
+                                x.sym_sizes());
+    for (const auto& [name, parameter] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}})
+      TORCH_CHECK_NOT_IMPLEMENTED(!*parameter || ((*parameter)->dim() == static_cast<int64_t>(shape.size()) &&
+                                                  ends_in(**parameter)),
+                                  "layer_norm: expected ", name, " to be of size ", shape, ", got ",
+                                  (*parameter)->sym_sizes());
   });
 }
 

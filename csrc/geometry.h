@@ -28,7 +28,14 @@ struct Geometry {
   int64_t sample_numel() const { return outer * channels * inner; }  // elements of one index of `batch`
   int64_t numel() const { return batch * sample_numel(); }
   // The offset of the first element of a cell.
-  int64_t first_of(int64_t cell) const { return cell / channels * sample_numel() + cell % channels * inner; }
+  int64_t first_of(int64_t cell) const {
+    const int64_t sample = batch == 1 || outer == 1 ? 0 : cell / channels;
+    return cell * inner + sample * (outer - 1) * channels * inner;
+  }
+  // The same statistics, with cells that lie one after the other taken as one.
+  Geometry merged() const {
+    return outer > 1 ? *this : Geometry{1, channels / per_stat, inner * per_stat, batch, 1};
+  }
   // The offset of element i of a cell, and of those that follow it.
   int64_t element_of(int64_t cell, int64_t i) const {
     const int64_t here = i % cell_count();

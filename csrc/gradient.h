@@ -50,7 +50,7 @@ inline at::Tensor average_of(const at::Tensor& values, int64_t groups) {
 template <typename Average>
 Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, const OptionalTensor& weight,
                                    const at::Tensor& stats, bool training, std::optional<at::ScalarType> bias_dtype,
-                                   const Mask& mask, int64_t groups, const Average& average) {
+                                   const Mask& mask, int64_t groups, bool centred, const Average& average) {
   using at::Tensor;
   const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
@@ -61,7 +61,7 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
     // These terms are zero; they only make the statistics differentiable functions of x. The variance is relative to
     // its value, so that it neither overflows nor underflows, and needs no eps: it stands for
     // (var + eps) / (its value + eps).
-    half = half - average({half - half.detach()})[0];
+    if (centred) half = half - average({half - half.detach()})[0];
     const Tensor relative = average({(half * (2 * invstd)).square()})[0];
     invstd = invstd * at::rsqrt(1 + (relative - relative.detach()));
   }
@@ -72,7 +72,8 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
     dx = g;
     if (training) {
       const auto averages = average({g, g * xhat});
-      dx = g - averages[0] - xhat * averages[1];
+      dx = g - xhat * averages[1];
+      if (centred) dx = dx - averages[0];
     }
     dx = (invstd * dx).to(x_.scalar_type());
   }

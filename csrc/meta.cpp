@@ -44,7 +44,7 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+                   Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool) {
   require([&] { check_backward(dy, x, weight, stats, groups); });
   auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
   return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};

@@ -24,8 +24,9 @@ struct Spec {
   double eps;
   bool update = false;                            // the running statistics move towards those of the batch
   std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
-  int64_t groups =
-      0;  // of channels: each sample has statistics of its own for each; 0: one per channel for all samples
+  // Each sample has statistics of its own for so many groups of channels; 0: one per channel for all samples.
+  int64_t groups = 0;
+  bool centred = true;  // otherwise the mean counts as 0
 };
 
 // What to normalize, and with what. References: a bundle lives as long as the call.
@@ -46,9 +47,9 @@ template <Normalized (*run)(const Operands&, const Spec&)>
 void register_forward(torch::Library& m) {
   m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                          double eps, int64_t groups) {
+                          double eps, int64_t groups, bool centred) {
     return run({x, weight, bias, running_mean, running_var, kNone, kNone},
-               {training, eps, false, std::nullopt, groups});
+               {training, eps, false, std::nullopt, groups, centred});
   });
   m.impl("batch_norm_update",
          [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -99,7 +100,7 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   using at::Tensor;
   static const auto batch_norm =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, bool, double, int64_t)>("batchnorm_ext::batch_norm");
+                               const OptionalTensor&, bool, double, int64_t, bool)>("batchnorm_ext::batch_norm");
   static const auto batch_norm_update =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                const Tensor&, const OptionalTensor&, std::optional<double>, double, int64_t)>(
@@ -118,16 +119,16 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   if (s.update)
     return batch_norm_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked,
                                   s.momentum, s.eps, s.groups);
-  return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps, s.groups);
+  return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps, s.groups, s.centred);
 }
 
 inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
                                const at::Tensor& stats, bool training, Mask mask,
-                               std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+                               std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred) {
   static const auto op =
       find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
-                              Mask, std::optional<at::ScalarType>, int64_t)>("batchnorm_ext::batch_norm_backward");
-  return op.call(dy, x, weight, stats, training, mask, bias_dtype, groups);
+                              Mask, std::optional<at::ScalarType>, int64_t, bool)>("batchnorm_ext::batch_norm_backward");
+  return op.call(dy, x, weight, stats, training, mask, bias_dtype, groups, centred);
 }
 
 inline at::Tensor call_moments(const at::Tensor& x) {

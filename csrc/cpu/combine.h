@@ -2,6 +2,7 @@
 // samples. In fp64, in the order of the cells.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -17,10 +18,10 @@ class PerCell {
 
   const double* get() const { return own_ ? own_.get() : stats_; }
 
-  // Sets cells [first, first + width).
+  // Sets cells [first, first + width), those of whole statistics.
   void set(int64_t first, int64_t width) const {
     if (!own_) return;
-    for (int64_t i = first; i < first + width; ++i) own_[i] = stats_[i / per_stat_];
+    for (int64_t i = first; i < first + width; i += per_stat_) std::fill_n(&own_[i], per_stat_, stats_[i / per_stat_]);
   }
 
  private:

@@ -54,6 +54,26 @@ class Row {
       cell_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
   }
 
+  // out = op(coefficients of each cell, parameters, in...) over one chunk, where the elements of a run have parameters of
+  // their own. They are those of `period` cells.
+  template <bool kStream, typename Op, typename... In>
+  void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
+                 int64_t period, T* out, const In*... in) const {
+    for (int64_t c = first(block); c < first(block) + width(block); ++c) {
+      const Span s = span(c, chunk);
+      Vec<A> cell[Op::kCoefficients];
+      for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
+      const int64_t along = c % period * g.inner + s.offset - g.first_of(c);
+      const auto f = [&](int64_t j, const auto&... v) {
+        Vec<A> at[Op::kParameters];
+        for (int i = 0; i < Op::kParameters; ++i) at[i] = Vec<A>::loadu(parameters[i] + along + j);
+        return op(cell, at, v...);
+      };
+      transform<kStream>(out + s.offset, s.length, f, (in + s.offset)...);
+    }
+    if constexpr (kStream) stream_fence();
+  }
+
   // out = op(coefficients of each cell, in...) over one chunk.
   template <bool kStream, typename Op, typename... In>
   void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch&, T* out,
@@ -77,6 +97,7 @@ class Row {
 
   void cell_moments(const T* x, int64_t cell, int64_t chunk, double* mean, double* m2) const {
     const Span s = span(cell, chunk);
+    if (g.outer == 1 && s.length <= kTile * kPart) return few_moments(x + s.offset, s.length, mean, m2);
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
     const T* const first = x + s.offset;
@@ -107,14 +128,47 @@ class Row {
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);
     if (rest) tail.finish(sums + used, dots + used);
-    *sum = cpu::sum_of(sums, used + rest);
-    *dot = cpu::sum_of(dots, used + rest);
+    *sum = sum_of(sums, used + rest);
+    *dot = sum_of(dots, used + rest);
+  }
+
+  // In registers, about the mean: with few elements, most of the time would go into the lanes of the accumulators, and
+  // the second reading finds them in the nearest cache.
+  void few_moments(const T* x, int64_t n, double* mean, double* m2) const {
+    constexpr int V = kParts<T>;
+    Vec<A> sums[V], squares[V];
+    for (int q = 0; q < V; ++q) sums[q] = squares[q] = Vec<A>(0);
+    for (int64_t i = 0; i < n; i += kPart) {
+      const Block<A, V> v = load_block<V>(x + i, n - i);
+      for (int q = 0; q < V; ++q) sums[q] = sums[q] + v.v[q];
+    }
+    const double count = static_cast<double>(n);
+    const A middle = static_cast<A>(sum_of_vectors(sums) / count);
+    const Vec<A> centre(middle);
+    const auto add = [&](const Block<A, V>& v) __attribute__((always_inline)) {
+      for (int q = 0; q < V; ++q) {
+        const Vec<A> d = v.v[q] - centre;
+        sums[q] = sums[q] + d;
+        squares[q] = at::vec::fmadd(d, d, squares[q]);
+      }
+    };
+    for (int q = 0; q < V; ++q) sums[q] = Vec<A>(0);
+    int64_t i = 0;
+    for (; i + kPart <= n; i += kPart) add(load_block<V>(x + i));
+    if (i < n) {
+      Block<A, V> v = load_block<V>(x + i, n - i);
+      for (int q = 0; q < V; ++q)
+        v.v[q] = Vec<A>::set(centre, v.v[q], std::clamp<int64_t>(n - i - q * Vec<A>::size(), 0, Vec<A>::size()));
+      add(v);
+    }
+    const double sum = sum_of_vectors(sums), shift = sum / count;
+    *mean = middle + shift;
+    *m2 = sum_of_vectors(squares) - sum * shift;
   }
 
   // In registers: with few elements, most of the time would go into the lanes of the accumulators.
   void few_grad_sums(const T* dy, const T* x, A mean, const Span& s, double* sum, double* dot) const {
     constexpr int V = kParts<T>;
-    constexpr int64_t lanes = V * Vec<A>::size();
     const Vec<A> centre(mean);
     Vec<A> sums[V], dots[V];
     for (int q = 0; q < V; ++q) sums[q] = dots[q] = Vec<A>(0);
@@ -127,17 +181,8 @@ class Row {
           dots[q] = at::vec::fmadd(g.v[q], v.v[q] - centre, dots[q]);
         }
       }
-    *sum = sum_of<lanes>(sums);
-    *dot = sum_of<lanes>(dots);
-  }
-
-  template <int64_t kCount>
-  static double sum_of(const Vec<A>* partial) {
-    alignas(64) A values[kCount];
-    for (int64_t l = 0; l < kCount; l += Vec<A>::size()) partial[l / Vec<A>::size()].store(values + l);
-    double wide[kCount];
-    std::copy_n(values, kCount, wide);
-    return cpu::sum_of(wide, kCount);
+    *sum = sum_of_vectors(sums);
+    *dot = sum_of_vectors(dots);
   }
 
   int64_t stride() const { return g.channels * g.inner; }

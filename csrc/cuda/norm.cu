@@ -205,7 +205,7 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups) {
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool) {
   TORCH_CHECK(groups == 0, "batch_norm_backward: groups are not implemented on CUDA");
   check_backward(grad, input, weight, stats);
   const CUDAGuard guard(input.device());
