@@ -9,7 +9,7 @@ all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions, ``show_config
 library was built. ``python -m batchnorm_ext`` prints what a bug report needs, and tests the build.
 """
 
-from batchnorm_ext import functional
+from batchnorm_ext import functional, preprocessing
 from batchnorm_ext._ops import show_config
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.modules import (
@@ -29,6 +29,7 @@ from batchnorm_ext.modules import (
     LazyInstanceNorm3d,
     RMSNorm,
 )
+from batchnorm_ext.population import as_affine, update_population_stats
 from batchnorm_ext.sync import SyncBatchNorm
 
 __version__ = "0.1.0"
@@ -50,9 +51,12 @@ __all__ = [
     "LazyInstanceNorm3d",
     "RMSNorm",
     "SyncBatchNorm",
+    "as_affine",
     "convert",
     "convert_sync_batchnorm",
     "functional",
+    "preprocessing",
     "revert",
     "show_config",
+    "update_population_stats",
 ]
