@@ -92,7 +92,7 @@ OptionalTensor as_row(const OptionalTensor& parameter) {
 Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   if (!saved.normalized_shape.empty()) {
     const at::IntArrayRef shape = saved.normalized_shape;
-    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats,  saved.count, saved.training,
+    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats,   saved.count, saved.training,
                      saved.bias_dtype,        saved.groups,         saved.centred, {}};
     auto [dx, dweight, dbias] = gradients(as_rows(dy, shape), rows, ranks, mask);
     return {mask[0] ? dx.view_symint(saved.x.sym_sizes()) : dx, mask[1] ? dweight.view(shape) : dweight,

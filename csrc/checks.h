@@ -121,10 +121,9 @@ inline void check_rows(const at::Tensor& x, at::IntArrayRef shape, const Optiona
     TORCH_CHECK_NOT_IMPLEMENTED(ends_in(x), "layer_norm: expected input to end in the sizes ", shape, ", got ",
                                 x.sym_sizes());
     for (const auto& [name, parameter] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}})
-      TORCH_CHECK_NOT_IMPLEMENTED(!*parameter || ((*parameter)->dim() == static_cast<int64_t>(shape.size()) &&
-                                                  ends_in(**parameter)),
-                                  "layer_norm: expected ", name, " to be of size ", shape, ", got ",
-                                  (*parameter)->sym_sizes());
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          !*parameter || ((*parameter)->dim() == static_cast<int64_t>(shape.size()) && ends_in(**parameter)),
+          "layer_norm: expected ", name, " to be of size ", shape, ", got ", (*parameter)->sym_sizes());
   });
 }
 

@@ -33,9 +33,7 @@ struct Geometry {
     return cell * inner + sample * (outer - 1) * channels * inner;
   }
   // The same statistics, with cells that lie one after the other taken as one.
-  Geometry merged() const {
-    return outer > 1 ? *this : Geometry{1, channels / per_stat, inner * per_stat, batch, 1};
-  }
+  Geometry merged() const { return outer > 1 ? *this : Geometry{1, channels / per_stat, inner * per_stat, batch, 1}; }
   // The offset of element i of a cell, and of those that follow it.
   int64_t element_of(int64_t cell, int64_t i) const {
     const int64_t here = i % cell_count();

@@ -127,7 +127,8 @@ inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const 
                                std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred) {
   static const auto op =
       find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
-                              Mask, std::optional<at::ScalarType>, int64_t, bool)>("batchnorm_ext::batch_norm_backward");
+                              Mask, std::optional<at::ScalarType>, int64_t, bool)>(
+          "batchnorm_ext::batch_norm_backward");
   return op.call(dy, x, weight, stats, training, mask, bias_dtype, groups, centred);
 }
 

@@ -183,8 +183,7 @@ struct Backward {
 };
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups,
-                   bool centred) {
+                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred) {
   check_backward(grad, input, weight, stats, groups);
   const Tensor x = dense(input, groups);
   const Geometry geometry = geometry_of(x, groups);

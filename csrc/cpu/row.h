@@ -54,8 +54,8 @@ class Row {
       cell_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
   }
 
-  // out = op(coefficients of each cell, parameters, in...) over one chunk, where the elements of a run have parameters of
-  // their own. They are those of `period` cells.
+  // out = op(coefficients of each cell, parameters, in...) over one chunk, where the elements of a run have parameters
+  // of their own. They are those of `period` cells.
   template <bool kStream, typename Op, typename... In>
   void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
                  int64_t period, T* out, const In*... in) const {

@@ -1,5 +1,6 @@
-// Rowwise pattern: a statistic covers one run of memory, whose elements have parameters of their own: layer normalization,
-// and group normalization of (N, C). The scalars of a row are its mean and invstd; the parameters run along it.
+// Rowwise pattern: a statistic covers one run of memory, whose elements have parameters of their own: layer
+// normalization, and group normalization of (N, C). The scalars of a row are its mean and invstd; the parameters run
+// along it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -87,8 +88,8 @@ class RowwiseForward {
   CoefficientTable<A, 3> rows;
 };
 
-// dx = invstd * (g - avg(g) - xhat * avg(g * xhat)) with g = weight * dy, and the sums over rows of dy * xhat and of dy.
-// A chunk is some samples, by the shape alone; its threads' sums over rows are merged in the order of the chunks.
+// dx = invstd * (g - avg(g) - xhat * avg(g * xhat)) with g = weight * dy, and the sums over rows of dy * xhat and of
+// dy. A chunk is some samples, by the shape alone; its threads' sums over rows are merged in the order of the chunks.
 template <typename T>
 class RowwiseBackward {
   using A = Acc<T>;
@@ -162,8 +163,8 @@ class RowwiseBackward {
   RowSums reduce(const T* dy, const T* x, const A* weight, const Affine<A>& affine, A* dots, A* sums) const {
     const Vec<A> centre(affine.centre), scale(affine.scale), shift(affine.shift), zero(0);
     Vec<A> sum[kVecs], dot[kVecs];
-    const auto add = [&]<int V>(int64_t j, const Block<A, V>& grad, const Block<A, V>& value, int64_t lanes)
-                         __attribute__((always_inline)) {
+    const auto add = [&]<int V>(int64_t j, const Block<A, V>& grad, const Block<A, V>& value,
+                                int64_t lanes) __attribute__((always_inline)) {
       for (int q = 0; q < V; ++q) {
         const int64_t at = j + q * Vec<A>::size();
         Vec<A> d = value.v[q] - centre, weighted = grad.v[q] * Vec<A>::loadu(weight + at);
