@@ -29,6 +29,7 @@ from batchnorm_ext.modules import (
     LazyInstanceNorm3d,
     RMSNorm,
 )
+from batchnorm_ext.parametrizations import weight_norm
 from batchnorm_ext.population import as_affine, update_population_stats
 from batchnorm_ext.sync import SyncBatchNorm
 
@@ -59,4 +60,5 @@ __all__ = [
     "revert",
     "show_config",
     "update_population_stats",
+    "weight_norm",
 ]

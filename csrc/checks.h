@@ -87,16 +87,17 @@ inline void check_operands(const Operands& o, const Spec& s) {
                                   "The function 'batch_norm' is not differentiable with respect to argument '", name,
                                   "'. This input cannot have requires_grad True.");
     }
-    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0) || s.groups > 0, "batch_norm eps must be ",
-                                s.training ? "positive during training" : "non-negative", ", but got ", s.eps);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0) || s.groups > 0 || !s.centred,
+                                "batch_norm eps must be ", s.training ? "positive during training" : "non-negative",
+                                ", but got ", s.eps);
     TORCH_CHECK_NOT_IMPLEMENTED(
         !s.update || s.momentum || o.num_batches_tracked,
         "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups >= 0 && (s.groups == 0 || s.training),
                                 "batch_norm: expected groups to be 0, or positive in training, got ", s.groups);
-    TORCH_CHECK_NOT_IMPLEMENTED(s.centred || (s.groups > 0 && o.x.dim() == 2),
-                                "batch_norm: expected input of two dimensions and groups without centred");
+    TORCH_CHECK_NOT_IMPLEMENTED(s.centred || (s.training && !s.update),
+                                "batch_norm: expected training without running statistics where centred is False");
     TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 || holds((o.x.sym_size(1) % s.groups).sym_eq(0)),
                                 "Expected number of channels in input to be divisible by num_groups, but got input of "
                                 "shape ",
@@ -143,7 +144,7 @@ inline void check_batch_size(const at::Tensor& x) {
 
 inline void check_forward(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  if (s.training && s.groups == 0) check_batch_size(o.x);
+  if (s.training && s.groups == 0 && s.centred) check_batch_size(o.x);
 }
 
 // Running statistics must not overlap: one value would overwrite the other.

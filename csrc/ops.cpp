@@ -1,8 +1,8 @@
 // Every operator schema, with what it computes. The sums run over the elements of one channel. With groups > 0 they
 // run over those of one sample and one of so many groups of channels, in training only: group normalization, or
 // instance normalization with groups of one channel. Then stats is [2, N * groups], and the running statistics move
-// towards the average over the samples. Without `centred` the mean counts as 0, and avg(weight * dy) as well: root mean
-// square normalization, of an x of two dimensions with groups > 0.
+// towards the average over the samples. Without `centred`, in training, the mean counts as 0, and avg(weight * dy) as
+// well: normalization by the root mean square.
 #include <torch/library.h>
 
 TORCH_LIBRARY(batchnorm_ext, m) {

@@ -35,6 +35,7 @@ struct Forward {
   const T* const x;
   T* const y;
   const double eps;
+  const bool centred;
   double *const mean, *const invstd;
   const Channels weight, bias;
   CoefficientTable<A, 3> table{geometry.cells()};
@@ -59,9 +60,12 @@ struct Forward {
     Channels var(new double[geometry.stats()]);
     const PerCell cell_mean(geometry, mean), cell_invstd(geometry, invstd);
     reduce_and_map([&](int64_t first, int64_t width, const double* means, const double* m2) {
-      for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count;
+      for (int64_t i = 0; i < width; ++i) var[first + i] = m2[i] / count + (centred ? 0 : means[i] * means[i]);
       set_statistics(first, width, means, &var[first]);
-      mend_spread(geometry, x, first, width, eps, mean + first, &var[first], invstd + first);
+      if (centred)
+        mend_spread(geometry, x, first, width, eps, mean + first, &var[first], invstd + first);
+      else
+        std::fill_n(mean + first, width, 0.0);
       const int64_t first_cell = first * geometry.per_stat, cells = width * geometry.per_stat;
       cell_mean.set(first_cell, cells);
       cell_invstd.set(first_cell, cells);
@@ -116,6 +120,7 @@ Normalized forward(const Operands& o, const Spec& s) {
                           x.const_data_ptr<scalar_t>(),
                           y.mutable_data_ptr<scalar_t>(),
                           s.eps,
+                          s.centred,
                           mean,
                           mean + geometry.stats(),
                           read_channels(o.weight, geometry.channels, 1, geometry.batch),
@@ -136,7 +141,7 @@ struct Backward {
   const Geometry geometry;
   const T *const dy, *const x;
   T* const dx;  // null: not wanted
-  const bool training;
+  const bool training, centred;
   const double *const mean, *const invstd;
   const Channels weight;
   const Channels dbias{new double[geometry.cells()]}, dweight{new double[geometry.cells()]};
@@ -175,6 +180,8 @@ struct Backward {
  private:
   void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {
     const double count = static_cast<double>(geometry.count());
+    const Channels none(centred ? nullptr : new double[width]());  // where the mean is no function of x
+    if (!centred) sums = none.get();
     if (geometry.per_stat > 1)
       set_group_grad(table, geometry.per_stat, first, width, sums, dots, count, mean, invstd, weight.get());
     else
@@ -218,6 +225,7 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
                            x.const_data_ptr<scalar_t>(),
                            want_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr,
                            training,
+                           centred,
                            mean.get(),
                            invstd.get(),
                            read_channels(weight, geometry.channels, 1, geometry.batch)};

@@ -131,7 +131,10 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
-  refusing([&] { TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0, "batch_norm: groups are not implemented on CUDA"); });
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 && s.centred, "batch_norm: expected groups 0 and centred on CUDA, got ",
+                                s.groups, " and ", s.centred);
+  });
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
