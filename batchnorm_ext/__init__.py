@@ -1,12 +1,14 @@
-"""Fused, accurate batch normalization for PyTorch.
+"""Fused, accurate normalization for PyTorch.
 
     import batchnorm_ext
-    model = batchnorm_ext.convert(model)   # every nn.BatchNorm* in it now runs on the fused kernels
+    model = batchnorm_ext.convert(model)   # its normalization layers now run on the fused kernels
 
-``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes,
-``functional.batch_norm`` for the function. ``convert_sync_batchnorm`` makes layers normalize over
-all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions, ``show_config`` tells how the
-library was built. ``python -m batchnorm_ext`` prints what a bug report needs, and tests the build.
+``BatchNorm1d/2d/3d``, ``InstanceNorm1d/2d/3d``, their lazy forms, ``GroupNorm``, ``LayerNorm`` and
+``RMSNorm`` are drop-ins for the ``torch.nn`` classes, ``functional`` for the functions and
+``weight_norm`` for the parametrization. ``convert_sync_batchnorm`` makes layers normalize over all
+ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales features,
+``update_population_stats`` and ``as_affine`` prepare a model for evaluation. ``show_config`` tells how
+the library was built, ``python -m batchnorm_ext`` prints what a bug report needs and tests the build.
 """
 
 from batchnorm_ext import functional, preprocessing

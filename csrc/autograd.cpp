@@ -154,7 +154,7 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto& [operands, spec, ranks, shape] = call;
     ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
     ctx->saved_data["training"] = spec.training;
-    if (spec.groups > 0) {
+    if (spec.groups > 0 || !spec.centred) {
       ctx->saved_data["groups"] = spec.groups;
       ctx->saved_data["centred"] = spec.centred;
       ctx->saved_data["shape"] = shape.vec();
