@@ -17,6 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import effects_runs as runs
+from effects_ranks import batch_sizes
 from effects_runs import Result
 
 COLORS = {"with BN": "#0072B2", "without": "#D55E00"}
@@ -89,7 +90,7 @@ DRAWN: dict[Callable[[], Result], Callable[[Axes, Result], None]] = {
     runs.initial_scales: draw_losses,
     runs.gradient_norms: draw_gradients,
     runs.input_distribution: draw_distribution,
-    runs.batch_sizes: draw_accuracy,
+    batch_sizes: draw_accuracy,
     runs.regularization: draw_bars,
     runs.population: draw_bars,
     runs.clouds: draw_clouds,
@@ -113,13 +114,11 @@ def main() -> None:
     )
     parser.add_argument("--output", default="effects.png", help="the picture")
     options = parser.parse_args()
-    results = [run() for run in tqdm(runs.EXPERIMENTS, unit="experiment")]
+    results = [run() for run in tqdm(DRAWN, unit="experiment")]
     report(results)
     figure = Figure(figsize=(15, 13), layout="constrained")
-    for axes, run, result in zip(
-        figure.subplots(3, 3).flat, runs.EXPERIMENTS, results, strict=True
-    ):
-        DRAWN[run](axes, result)
+    for axes, draw, result in zip(figure.subplots(3, 3).flat, DRAWN.values(), results, strict=True):
+        draw(axes, result)
         verdict = "" if result.confirmed else " - NOT CONFIRMED"
         axes.set_title(f"{result.title}{verdict}\n{result.claim}\n({result.source})", fontsize=8)
         if axes.get_legend_handles_labels()[0]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -112,7 +111,8 @@ def learning_rates() -> Result:
         "Learning rates",
         "BN trains at much higher learning rates",
         f"{IOFFE}, section 3.3",
-        f"loss < 0.5 at {usable['with BN']} of {len(rates)} rates with BN, {usable['without']} without",
+        f"loss < 0.5 at {usable['with BN']} of {len(rates)} rates with BN, "
+        f"{usable['without']} without",
         usable["with BN"] > usable["without"],
         {"x": rates, "lines": final},
     )
@@ -267,85 +267,3 @@ def descent() -> Result:
         steps["scaled"] < steps["raw"] / 2,
         {"paths": paths},
     )
-
-
-NORMS = ("BN", "SyncBN", "GN", "LN", "WN")
-BATCHES = (1, 2, 4, 16, 64)
-
-
-def cnn(norm: str) -> nn.Module:
-    layers, width = [nn.Unflatten(1, (1, 8, 8))], 1
-    for channels, side in ((16, 8), (32, 8)):
-        convolution = nn.Conv2d(width, channels, 3, padding=1, stride=1)
-        if norm == "WN":
-            convolution = batchnorm_ext.weight_norm(convolution)
-        layers.append(convolution)
-        if norm in ("BN", "SyncBN"):
-            layers.append(batchnorm_ext.BatchNorm2d(channels))
-        elif norm == "GN":
-            layers.append(batchnorm_ext.GroupNorm(4, channels))
-        elif norm == "LN":
-            layers.append(batchnorm_ext.LayerNorm((channels, side, side)))
-        layers.append(nn.ReLU())
-        width = channels
-    return nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(width * 16, 10))
-
-
-def _accuracy_of(rank: int, norm: str, batch: int, port: int, results: dict) -> None:
-    """One of two processes, each with batches of its own, gradients averaged."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
-    torch.manual_seed(0)
-    model = cnn(norm)
-    if norm == "SyncBN":
-        model = batchnorm_ext.convert_sync_batchnorm(model)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    shard = slice(rank, None, 2)
-    images, labels = X[shard], Y[shard]
-    order = torch.Generator().manual_seed(rank)
-    optimizer = torch.optim.SGD(parallel.parameters(), 0.02, momentum=0.9)
-    for _ in range(max(60, 3000 // batch) if batch > 1 else 1500):
-        chosen = torch.randint(len(images), (batch,), generator=order)
-        optimizer.zero_grad()
-        F.cross_entropy(parallel(images[chosen]), labels[chosen]).backward()
-        optimizer.step()
-    if rank == 0:
-        results[norm, batch] = accuracy(model)
-    torch.distributed.destroy_process_group()
-
-
-def batch_sizes() -> Result:
-    from torch.distributed import TCPStore
-
-    with mp.Manager() as manager:
-        results = manager.dict()
-        for norm in NORMS:
-            for batch in BATCHES:
-                port = TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False).port
-                mp.spawn(_accuracy_of, (norm, batch, port, results), nprocs=2)
-        lines = {norm: [results[norm, batch] for batch in BATCHES] for norm in NORMS}
-    loss = {norm: values[-1] - values[1] for norm, values in lines.items()}
-    return Result(
-        "Images per process",
-        "BN suffers from small batches; GN, LN, WN and SyncBN less or not",
-        "Wu & He 2018, figure 1; Salimans & Kingma 2016",
-        f"accuracy at 64 less that at 2 images: BN {loss['BN']:.1%}, SyncBN {loss['SyncBN']:.1%}, "
-        f"GN {loss['GN']:.1%}, LN {loss['LN']:.1%}, WN {loss['WN']:.1%}",
-        loss["BN"] > max(loss[norm] for norm in NORMS[1:]),
-        {"x": BATCHES, "lines": lines},
-    )
-
-
-EXPERIMENTS = (
-    learning_rates,
-    initial_scales,
-    gradient_norms,
-    input_distribution,
-    batch_sizes,
-    regularization,
-    population,
-    clouds,
-    descent,
-)
