@@ -6,7 +6,7 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 
 from torch import nn
 
-from batchnorm_ext._docstrings import documented
+from batchnorm_ext._docstrings import GROUP, INSTANCE, LAYER, RMS, documented
 from batchnorm_ext._layer import (
     FusedBatchNorm,
     FusedGroupNorm,
@@ -113,6 +113,7 @@ class LazyBatchNorm3d(FusedBatchNorm, nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
+@documented("(N, C, L) or (C, L)", INSTANCE)
 class InstanceNorm1d(FusedInstanceNorm, nn.InstanceNorm1d):
     """:class:`torch.nn.InstanceNorm1d` on the fused kernels.
 
@@ -124,6 +125,7 @@ class InstanceNorm1d(FusedInstanceNorm, nn.InstanceNorm1d):
     """
 
 
+@documented("(N, C, H, W) or (C, H, W)", INSTANCE)
 class InstanceNorm2d(FusedInstanceNorm, nn.InstanceNorm2d):
     """:class:`torch.nn.InstanceNorm2d` on the fused kernels.
 
@@ -135,6 +137,7 @@ class InstanceNorm2d(FusedInstanceNorm, nn.InstanceNorm2d):
     """
 
 
+@documented("(N, C, D, H, W) or (C, D, H, W)", INSTANCE)
 class InstanceNorm3d(FusedInstanceNorm, nn.InstanceNorm3d):
     """:class:`torch.nn.InstanceNorm3d` on the fused kernels.
 
@@ -146,6 +149,7 @@ class InstanceNorm3d(FusedInstanceNorm, nn.InstanceNorm3d):
     """
 
 
+@documented("(N, C, L) or (C, L)", INSTANCE)
 class LazyInstanceNorm1d(FusedInstanceNorm, nn.LazyInstanceNorm1d):
     """An :class:`InstanceNorm1d` that takes ``num_features`` from its first input.
 
@@ -159,6 +163,7 @@ class LazyInstanceNorm1d(FusedInstanceNorm, nn.LazyInstanceNorm1d):
     cls_to_become = InstanceNorm1d
 
 
+@documented("(N, C, H, W) or (C, H, W)", INSTANCE)
 class LazyInstanceNorm2d(FusedInstanceNorm, nn.LazyInstanceNorm2d):
     """An :class:`InstanceNorm2d` that takes ``num_features`` from its first input.
 
@@ -172,6 +177,7 @@ class LazyInstanceNorm2d(FusedInstanceNorm, nn.LazyInstanceNorm2d):
     cls_to_become = InstanceNorm2d
 
 
+@documented("(N, C, D, H, W) or (C, D, H, W)", INSTANCE)
 class LazyInstanceNorm3d(FusedInstanceNorm, nn.LazyInstanceNorm3d):
     """An :class:`InstanceNorm3d` that takes ``num_features`` from its first input.
 
@@ -185,6 +191,7 @@ class LazyInstanceNorm3d(FusedInstanceNorm, nn.LazyInstanceNorm3d):
     cls_to_become = InstanceNorm3d
 
 
+@documented("(N, C, *)", GROUP)
 class GroupNorm(FusedGroupNorm, nn.GroupNorm):
     """:class:`torch.nn.GroupNorm` on the fused kernels.
 
@@ -196,6 +203,7 @@ class GroupNorm(FusedGroupNorm, nn.GroupNorm):
     """
 
 
+@documented("(*, *normalized_shape)", LAYER)
 class LayerNorm(FusedLayerNorm, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on the fused kernels.
 
@@ -207,6 +215,7 @@ class LayerNorm(FusedLayerNorm, nn.LayerNorm):
     """
 
 
+@documented("(*, *normalized_shape)", RMS)
 class RMSNorm(FusedRMSNorm, nn.RMSNorm):
     """:class:`torch.nn.RMSNorm` on the fused kernels.
 
