@@ -17,7 +17,7 @@ _AFFINE = """
 
 _CREATED = """
     device, dtype: of parameters and running statistics.
-    bias: whether there is a ``bias`` where there is a ``weight``, if this version of PyTorch has the
+    bias: whether there is a ``bias`` beside the ``weight``, if this version of PyTorch has the
         argument. Default: True.
 """
 
@@ -103,7 +103,7 @@ GROUP = (
 Mean and (biased) variance are per sample and group of adjacent channels. On CUDA the layer is
 PyTorch's own.
 
-Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2 and 7.
+Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2, 7.
 
 Args:
     num_groups: number of groups, which divides the number of channels.
@@ -120,7 +120,8 @@ Args:
 _ROWS = """
     normalized_shape: sizes of the last dimensions, or the size of the last one.
     eps: %s
-    elementwise_affine: whether the layer has %s of that shape. Default: True."""
+    elementwise_affine: whether the layer has %s of that shape.
+        Default: True."""
 
 _ROW_TENSORS = _TENSORS.replace(" and memory format of the input", " of the input, contiguous")
 
@@ -129,7 +130,8 @@ LAYER = (
     + """
 Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own.
 
-Source: Ba, Kiros & Hinton, *Layer Normalization*, 2016, https://arxiv.org/abs/1607.06450, equation 3.
+Source: Ba, Kiros & Hinton, *Layer Normalization*, 2016, https://arxiv.org/abs/1607.06450,
+equation 3.
 
 Args:"""
     + _ROWS % ("added to the variance. Default: 1e-5.", "``weight`` (at first 1) and ``bias`` (0)")
