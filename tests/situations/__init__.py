@@ -11,6 +11,7 @@ from situations import (  # noqa: F401
     copies,
     counters,
     dtypes,
+    family,
     grad_modes,
     gradients,
     hooks,
