@@ -41,16 +41,15 @@ struct Saved {
   Tensor stats, count;
   bool training;
   std::optional<at::ScalarType> bias_dtype;
-  int64_t groups;
-  bool centred;
-  std::vector<int64_t> normalized_shape;  // not empty: x is taken as rows of so many elements
+  Domain domain = {};
+  std::vector<int64_t> normalized_shape = {};  // not empty: x is taken as rows of so many elements
 };
 
 Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   const auto average = [&](const variable_list& values) {
     variable_list averages;
     if (ranks.alone()) {
-      for (const Tensor& v : values) averages.push_back(average_of(v, saved.groups));
+      for (const Tensor& v : values) averages.push_back(average_of(v, saved.domain.groups));
       return averages;
     }
     for (const Tensor& v : values) averages.push_back(v.sum(reduced_dims(v), /*keepdim=*/false, at::kDouble));
@@ -60,14 +59,14 @@ Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ran
     return averages;
   };
   return differentiable_gradients(dy, saved.x, saved.weight, saved.stats, saved.training, saved.bias_dtype, mask,
-                                  saved.groups, saved.centred, average);
+                                  saved.domain, average);
 }
 
 // By the kernels. Over ranks, the gradients of the parameters stay those of this rank, and are made while the message
 // is on its way.
 Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
-  const auto& [x, weight, stats, count, training, bias_dtype, groups, centred, shape] = saved;
-  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, groups, centred);
+  const auto& [x, weight, stats, count, training, bias_dtype, domain, shape] = saved;
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, domain);
   const Tensor sums = call_grad_moments(dy, x, stats);
   Tensor pending, dx;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
@@ -92,8 +91,8 @@ OptionalTensor as_row(const OptionalTensor& parameter) {
 Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   if (!saved.normalized_shape.empty()) {
     const at::IntArrayRef shape = saved.normalized_shape;
-    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats,   saved.count, saved.training,
-                     saved.bias_dtype,        saved.groups,         saved.centred, {}};
+    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats, saved.count,
+                     saved.training,          saved.bias_dtype,     saved.domain};
     auto [dx, dweight, dbias] = gradients(as_rows(dy, shape), rows, ranks, mask);
     return {mask[0] ? dx.view_symint(saved.x.sym_sizes()) : dx, mask[1] ? dweight.view(shape) : dweight,
             mask[2] ? dbias.view(shape) : dbias};
@@ -154,9 +153,9 @@ struct Norm : torch::autograd::Function<Norm> {
     const auto& [operands, spec, ranks, shape] = call;
     ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
     ctx->saved_data["training"] = spec.training;
-    if (spec.groups > 0 || !spec.centred) {
-      ctx->saved_data["groups"] = spec.groups;
-      ctx->saved_data["centred"] = spec.centred;
+    const auto& [groups, centred, parameter_dim] = spec.domain;
+    if (groups > 0 || !centred) {
+      ctx->saved_data["domain"] = std::vector<int64_t>{groups, centred, parameter_dim};
       ctx->saved_data["shape"] = shape.vec();
     }
     if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
@@ -200,16 +199,20 @@ struct Norm : torch::autograd::Function<Norm> {
       return !tensor.defined() || tensor.scalar_type() == to ? tensor : tensor.to(to);
     };
     const variable_list saved = ctx->get_saved_variables();
-    const bool groups = ctx->saved_data.find("groups") != ctx->saved_data.end();
+    const auto ints = [&](const char* name) {
+      const auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? std::vector<int64_t>() : found->second.toIntVector();
+    };
+    const auto domain = ints("domain");
+    const bool usual = domain.empty();
     return {in(saved[0], dy.scalar_type()),
             optional(in(saved[1], dtype("weight").value_or(at::kFloat))),
             in(saved[2], at::kDouble),
             in(saved[3], at::kDouble),
             ctx->saved_data["training"].toBool(),
             dtype("bias"),
-            groups ? ctx->saved_data["groups"].toInt() : 0,
-            groups ? ctx->saved_data["centred"].toBool() : true,
-            groups ? ctx->saved_data["shape"].toIntVector() : std::vector<int64_t>()};
+            usual ? Domain() : Domain{domain[0], domain[1] != 0, domain[2]},
+            ints("shape")};
   }
 };
 
@@ -248,10 +251,10 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
-Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups,
-                              bool centred) {
-  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, groups, centred, {}}, {}, mask);
+Gradients backward_alone(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
+                         bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype,
+                         const Domain& domain) {
+  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, domain}, {}, mask);
 }
 
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -270,7 +273,7 @@ Normalized layer_norm(const Tensor& x, at::IntArrayRef normalized_shape, const O
                       const OptionalTensor& bias, bool centred, double eps) {
   check_rows(x, normalized_shape, weight, bias);
   return differentiable({{x, weight, bias, kNone, kNone, kNone, kNone},
-                         {true, eps, false, std::nullopt, 1, centred},
+                         {true, eps, false, std::nullopt, {1, centred}},
                          kAlone,
                          normalized_shape});
 }
@@ -279,7 +282,7 @@ Normalized layer_norm(const Tensor& x, at::IntArrayRef normalized_shape, const O
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
   register_forward<normalize_alone>(m);
-  m.impl("batch_norm_backward", batch_norm_backward);
+  register_backward<backward_alone>(m);
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {

@@ -12,18 +12,18 @@
 
 namespace batchnorm_ext {
 
-// One value per channel, shaped to broadcast against x.
-inline at::Tensor along_channels(const at::Tensor& values, const at::Tensor& x) {
+// One value for each index of a dimension, shaped to broadcast against x.
+inline at::Tensor along_channels(const at::Tensor& values, const at::Tensor& x, int64_t dim = 1) {
   std::vector<c10::SymInt> shape(x.dim(), 1);
-  shape[1] = x.sym_size(1);
+  shape[dim] = x.sym_size(dim);
   return values.reshape_symint(shape);
 }
 
-// The dimensions that the gradient of a parameter runs over: all but the channel.
-inline std::vector<int64_t> reduced_dims(const at::Tensor& x) {
+// The dimensions that the gradient of a parameter runs over: all but its own.
+inline std::vector<int64_t> reduced_dims(const at::Tensor& x, int64_t dim = 1) {
   std::vector<int64_t> dims;
   for (int64_t d = 0; d < x.dim(); ++d)
-    if (d != 1) dims.push_back(d);
+    if (d != dim) dims.push_back(d);
   return dims;
 }
 
@@ -50,8 +50,9 @@ inline at::Tensor average_of(const at::Tensor& values, int64_t groups) {
 template <typename Average>
 Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, const OptionalTensor& weight,
                                    const at::Tensor& stats, bool training, std::optional<at::ScalarType> bias_dtype,
-                                   const Mask& mask, int64_t groups, bool centred, const Average& average) {
+                                   const Mask& mask, const Domain& domain, const Average& average) {
   using at::Tensor;
+  const auto& [groups, centred, parameter_dim] = domain;
   const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
   // Halves, because x - mean may overflow where xhat does not.
@@ -68,7 +69,7 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
   const Tensor xhat = half * (2 * invstd);
   Tensor dx, dweight, dbias;
   if (mask[0]) {
-    const Tensor g = weight ? dy * along_channels(weight->to(dtype), x) : dy;
+    const Tensor g = weight ? dy * along_channels(weight->to(dtype), x, parameter_dim) : dy;
     dx = g;
     if (training) {
       const auto averages = average({g, g * xhat});
@@ -77,7 +78,9 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
     }
     dx = (invstd * dx).to(x_.scalar_type());
   }
-  const auto sum = [&](const Tensor& terms, at::ScalarType to) { return terms.sum(reduced_dims(x)).to(to); };
+  const auto sum = [&](const Tensor& terms, at::ScalarType to) {
+    return terms.sum(reduced_dims(x, domain.parameter_dim)).to(to);
+  };
   if (mask[1]) dweight = sum(dy * xhat, weight ? weight->scalar_type() : dtype);
   if (mask[2]) dbias = sum(dy, bias_dtype.value_or(dtype));
   return {std::move(dx), std::move(dweight), std::move(dbias)};

@@ -5,14 +5,15 @@
 #include <ATen/ops/empty_like.h>
 
 #include "geometry.h"
+#include "ops.h"
 
 namespace batchnorm_ext {
 
 // The tensor itself if its elements fill their memory without gaps or overlaps, in whatever order of the dimensions;
 // otherwise a copy that does, in the order that empty_like gives an output.
 // With statistics of each sample (groups > 0), samples lie one after the other.
-inline at::Tensor dense(const at::Tensor& x, int64_t groups = 0) {
-  const auto fits = [groups](const at::Tensor& tensor) {
+inline at::Tensor dense(const at::Tensor& x, const Domain& domain = {}) {
+  const auto fits = [groups = domain.groups](const at::Tensor& tensor) {
     if (!tensor.is_non_overlapping_and_dense()) return false;
     for (int64_t d = 1; groups > 0 && d < tensor.dim(); ++d)
       if (tensor.size(0) > 1 && tensor.size(d) > 1 && tensor.stride(d) > tensor.stride(0)) return false;
@@ -30,7 +31,8 @@ inline at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& x) {
   return tensor;
 }
 
-inline Geometry geometry_of(const at::Tensor& dense, int64_t groups = 0) {
+inline Geometry geometry_of(const at::Tensor& dense, const Domain& domain = {}) {
+  const int64_t groups = domain.groups;
   Geometry g{1, dense.size(1), 1};
   if (groups > 0) {
     g.batch = dense.size(0);

@@ -28,13 +28,13 @@ void require(const Check& check) {
   }
 }
 
-Normalized normalized(const Tensor& x, int64_t groups = 0) {
-  return {at::empty_like(x), empty_doubles(x, {2, stats_of(x, groups)})};
+Normalized normalized(const Tensor& x, const Domain& domain = {}) {
+  return {at::empty_like(x), empty_doubles(x, {2, domain.stats(x)})};
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
   require([&] { check_forward(o, s); });
-  return normalized(o.x, s.groups);
+  return normalized(o.x, s.domain);
 }
 
 Normalized apply(const Operands& o, const Spec& s) {
@@ -44,9 +44,9 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool) {
-  require([&] { check_backward(dy, x, weight, stats, groups); });
-  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
+                   const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+  require([&] { check_backward(dy, x, weight, stats, domain); });
+  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask, domain.parameter_dim);
   return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};
 }
 
@@ -71,7 +71,7 @@ Tensor grad_apply(const Tensor& dy, const Tensor& x, const OptionalTensor& weigh
 TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
-  m.impl("batch_norm_backward", backward);
+  register_backward<backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

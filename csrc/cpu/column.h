@@ -26,9 +26,10 @@ class Column {
   static constexpr int64_t kMaxPartials = 65536;  // statistics of all chunks together: 1 MB
 
  public:
-  explicit Column(const Geometry& geometry) : g(geometry) {
+  explicit Column(const Geometry& geometry, bool may_fold = true) : g(geometry) {
     const int64_t narrow = g.channels * g.inner;
-    while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
+    while (may_fold && narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile)
+      fold *= 2;
     // Too few rows to be cut into chunks leave the threads only blocks.
     const int64_t widest = g.outer > kMinRows ? kColumns : std::clamp(kGrainElements / g.outer, kFoldable, kColumns);
     const int64_t stats = g.channels / g.per_stat;  // of a sample
@@ -79,8 +80,10 @@ class Column {
     sets.results(g.inner, channels, mean, m2);
   }
 
+  // `grad` takes the index of a row of the sample.
+  template <typename Grad = PlainGrad>
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
-                 Scratch& scratch) const {
+                 Scratch& scratch, const Grad& grad = {}) const {
     const Span s = span(block, chunk);
     const int64_t n = padded(s);
     const auto [lanes, spread, sums, dots] =
@@ -97,9 +100,11 @@ class Column {
         const int64_t here = at + j * L, below = here + kFirstTile * stride();
         prefetch(dy + below);
         prefetch(x + below);
-        lanes[j].add(dy + here, x + here, stride(), tile);
+        lanes[j].add(dy + here, x + here, stride(), tile, L, grad.from(first_row(chunk) + r));
       }
-      if (rest) lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
+      if (rest)
+        lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest,
+                         grad.from(first_row(chunk) + r));
     }
     for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);
     const int64_t across = width(block) * g.inner;
@@ -112,6 +117,33 @@ class Column {
       sum[c] = g.inner == 1 ? sums[c] : sum_of(sums + c * g.inner, g.inner);
       dot[c] = g.inner == 1 ? dots[c] : sum_of(dots + c * g.inner, g.inner);
     }
+  }
+
+  // out = op(coefficients of each cell, parameters, in...) over one chunk, where the rows of a sample have parameters
+  // of their own. Not folded.
+  template <bool kStream, typename Op, typename... In>
+  void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
+                 int64_t, T* out, const In*... in) const {
+    const Span s = span(block, chunk);
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.rows; ++r, at += stride()) {
+      Vec<A> row[Op::kParameters];
+      for (int i = 0; i < Op::kParameters; ++i) row[i] = Vec<A>(parameters[i][first_row(chunk) + r]);
+      const auto f = [&](int64_t j, const auto&... v) {
+        Vec<A> cell[Op::kCoefficients];
+        for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
+        return op(cell, row, v...);
+      };
+      transform<kStream>(out + at, s.columns, f, (in + at)...);
+    }
+    if constexpr (kStream) stream_fence();
+  }
+
+  // f(offset, columns, row of the sample) for each row of a chunk. Not folded.
+  template <typename F>
+  void for_each_row(int64_t block, int64_t chunk, const F& f) const {
+    const Span s = span(block, chunk);
+    for (int64_t r = 0; r < s.rows; ++r) f(s.offset + r * stride(), s.columns, first_row(chunk) + r);
   }
 
   // out = op(coefficients of each cell, in...) over one chunk.
@@ -142,10 +174,12 @@ class Column {
 
   int64_t stride() const { return fold * g.channels * g.inner; }
 
+  int64_t first_row(int64_t chunk) const { return std::min(chunk * rows_per_chunk, rows); }
+
   int64_t first_channel(int64_t block) const { return block % blocks_per_sample * channels_per_block; }
 
   Span span(int64_t block, int64_t chunk) const {
-    const int64_t row = std::min(chunk * rows_per_chunk, rows);
+    const int64_t row = first_row(chunk);
     const int64_t folded = chunk < full_chunks ? fold : g.outer % fold;
     return {g.first_of(first(block)) + row * stride(), chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
             width(block) * g.inner * folded, folded};

@@ -15,10 +15,10 @@
 #include "../checks.h"
 #include "../layout.h"
 #include "combine.h"
+#include "elementwise.h"
 #include "maps.h"
 #include "passes.h"
 #include "per_channel.h"
-#include "rowwise.h"
 
 namespace batchnorm_ext::cpu {
 namespace {
@@ -98,33 +98,45 @@ struct Forward {
   }
 };
 
+// The geometry of x. Where parameters run along a statistic in memory, that is a row of channels.
+Geometry arranged(const Tensor& x, const Domain& domain) {
+  const Geometry g = geometry_of(x, domain);
+  return domain.parameter_dim == 2 && g.outer == 1 ? Geometry{1, g.inner, 1, g.cells(), g.inner} : g;
+}
+
+// Whether the elements of a statistic have parameters of their own.
+bool has_parameters_within(const Geometry& g, const Domain& domain) {
+  return domain.parameter_dim == 2 || is_rowwise(g);
+}
+
 Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
   check_memory(o, s);
-  const Tensor x = dense(o.x, s.groups);
-  const Geometry geometry = geometry_of(x, s.groups);
+  const Tensor x = dense(o.x, s.domain);
+  const Geometry geometry = arranged(x, s.domain);
   Tensor y = empty_output_like(x);
   Tensor stats = at::empty({2, geometry.stats()}, x.options().dtype(at::kDouble));
   double* const mean = stats.mutable_data_ptr<double>();
+  double* const invstd = mean + geometry.stats();
   if (s.training && x.numel() == 0) {
     stats.fill_(std::nan(""));  // no element, no statistics, nothing to track
     return {std::move(y), std::move(stats)};
   }
+  const int64_t parameters = x.size(s.domain.parameter_dim);
+  const auto read = [&](int64_t batch) {
+    return std::pair(read_channels(o.weight, parameters, 1, batch), read_channels(o.bias, parameters, 0, batch));
+  };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
-    if (is_rowwise(geometry))
-      return RowwiseForward<scalar_t>(geometry, read_channels(o.weight, geometry.channels, 1).get(),
-                                      read_channels(o.bias, geometry.channels, 0).get())
-          .run(x.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(), s.centred, s.eps, mean,
-               mean + geometry.stats());
-    Forward<scalar_t> run{geometry,
-                          x.const_data_ptr<scalar_t>(),
-                          y.mutable_data_ptr<scalar_t>(),
-                          s.eps,
-                          s.centred,
-                          mean,
-                          mean + geometry.stats(),
-                          read_channels(o.weight, geometry.channels, 1, geometry.batch),
-                          read_channels(o.bias, geometry.channels, 0, geometry.batch)};
+    const scalar_t* const in = x.const_data_ptr<scalar_t>();
+    scalar_t* const out = y.mutable_data_ptr<scalar_t>();
+    if (has_parameters_within(geometry, s.domain)) {
+      const auto [weight, bias] = read(1);
+      ElementwiseForward<scalar_t>(geometry, parameters, weight.get(), bias.get())
+          .run(in, out, s.domain.centred, s.eps, mean, invstd);
+      return;
+    }
+    auto [weight, bias] = read(geometry.batch);
+    Forward<scalar_t> run{geometry, in, out, s.eps, s.domain.centred, mean, invstd, std::move(weight), std::move(bias)};
     if (!s.training) return run.evaluate(o);
     const Channels var = run.train();
     track(o, s, geometry, static_cast<double>(geometry.count()), mean, var.get());
@@ -190,63 +202,62 @@ struct Backward {
 };
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred) {
-  check_backward(grad, input, weight, stats, groups);
-  const Tensor x = dense(input, groups);
-  const Geometry geometry = geometry_of(x, groups);
+                   bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+  check_backward(grad, input, weight, stats, domain);
+  const Tensor x = dense(input, domain);
+  const Geometry geometry = arranged(x, domain);
   const Tensor dy = like_layout(grad, x);
   const auto [want_dx, want_dweight, want_dbias] = mask;
   Tensor dx = want_dx ? empty_output_like(x) : Tensor(), dweight, dbias;
-  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask);
+  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask, domain.parameter_dim);
   if (x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();
     return {std::move(dx), std::move(dweight), std::move(dbias)};
   }
-  const double* const per_stat = stats.const_data_ptr<double>();
-  if (is_rowwise(geometry)) {
-    const Channels dweights(new double[geometry.channels]), dbiases(new double[geometry.channels]);
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_backward", [&] {
-      RowwiseBackward<scalar_t>(geometry, read_channels(weight, geometry.channels, 1).get())
-          .run(dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(),
-               want_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr, centred, per_stat, per_stat + geometry.stats(),
-               dweights.get(), dbiases.get());
-    });
-    if (want_dweight) write_channels(dweight, geometry.channels, dweights.get());
-    if (want_dbias) write_channels(dbias, geometry.channels, dbiases.get());
-    return {std::move(dx), std::move(dweight), std::move(dbias)};
-  }
-  const PerCell mean(geometry, per_stat), invstd(geometry, per_stat + geometry.stats());
-  mean.set(0, geometry.cells());
-  invstd.set(0, geometry.cells());
+  const int64_t parameters = x.size(domain.parameter_dim);
+  const auto leave = [&](const double* dweights, const double* dbiases) {
+    if (want_dweight) write_channels(dweight, parameters, dweights);
+    if (want_dbias) write_channels(dbias, parameters, dbiases);
+  };
+  const double* const mean = stats.const_data_ptr<double>();
+  const double* const invstd = mean + geometry.stats();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_backward", [&] {
+    const scalar_t *const dy_in = dy.const_data_ptr<scalar_t>(), *const x_in = x.const_data_ptr<scalar_t>();
+    scalar_t* const dx_out = want_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr;
+    if (has_parameters_within(geometry, domain)) {
+      const Channels dweights(new double[parameters]), dbiases(new double[parameters]);
+      elementwise_backward(geometry, read_channels(weight, parameters, 1).get(), dy_in, x_in, dx_out, domain.centred,
+                           mean, invstd, dweights.get(), dbiases.get());
+      return leave(dweights.get(), dbiases.get());
+    }
+    const PerCell cell_mean(geometry, mean), cell_invstd(geometry, invstd);
+    cell_mean.set(0, geometry.cells());
+    cell_invstd.set(0, geometry.cells());
     Backward<scalar_t> run{geometry,
-                           dy.const_data_ptr<scalar_t>(),
-                           x.const_data_ptr<scalar_t>(),
-                           want_dx ? dx.mutable_data_ptr<scalar_t>() : nullptr,
+                           dy_in,
+                           x_in,
+                           dx_out,
                            training,
-                           centred,
-                           mean.get(),
-                           invstd.get(),
-                           read_channels(weight, geometry.channels, 1, geometry.batch)};
+                           domain.centred,
+                           cell_mean.get(),
+                           cell_invstd.get(),
+                           read_channels(weight, parameters, 1, geometry.batch)};
     if (!want_dweight && !want_dbias && !(want_dx && training)) {
       if (want_dx) run.scale();
       return;
     }
     run.reduce_and_map();
-    const auto leave = [&](const Tensor& gradient, double* sums) {
-      sum_over_batch(geometry, sums);
-      write_channels(gradient, geometry.channels, sums);
-    };
-    if (want_dweight) leave(dweight, run.dweight.get());
-    if (want_dbias) leave(dbias, run.dbias.get());
+    sum_over_batch(geometry, run.dweight.get());
+    sum_over_batch(geometry, run.dbias.get());
+    leave(run.dweight.get(), run.dbias.get());
   });
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   register_forward<forward>(m);
-  m.impl("batch_norm_backward", backward);
+  register_backward<backward>(m);
 }
 
 }  // namespace

@@ -132,8 +132,8 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 
 Normalized forward(const Operands& o, const Spec& s) {
   refusing([&] {
-    TORCH_CHECK_NOT_IMPLEMENTED(s.groups == 0 && s.centred, "batch_norm: expected groups 0 and centred on CUDA, got ",
-                                s.groups, " and ", s.centred);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.domain.groups == 0 && s.domain.centred,
+                                "batch_norm: expected groups 0 and centred on CUDA");
   });
   check_forward(o, s);
   check_memory(o, s);
@@ -208,8 +208,8 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool) {
-  TORCH_CHECK(groups == 0, "batch_norm_backward: groups are not implemented on CUDA");
+                   bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+  TORCH_CHECK(domain.groups == 0 && domain.centred, "batch_norm_backward: expected groups 0 and centred on CUDA");
   check_backward(grad, input, weight, stats);
   const CUDAGuard guard(input.device());
   const Gradient gradient(grad, input);
@@ -276,7 +276,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
-  m.impl("batch_norm_backward", backward);
+  register_backward<backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

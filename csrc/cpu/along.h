@@ -1,12 +1,9 @@
-// Rowwise pattern: a statistic covers one run of memory, whose elements have parameters of their own: layer
-// normalization, and group normalization of (N, C). The scalars of a row are its mean and invstd; the parameters run
-// along it.
+// The backward of statistics whose elements lie along a row of memory, as their parameters do.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <tuple>
@@ -14,92 +11,25 @@
 #include "../geometry.h"
 #include "../math.h"
 #include "maps.h"
+#include "moments.h"
 #include "passes.h"
-#include "row.h"
+#include "schedule.h"
 #include "scratch.h"
 
 namespace batchnorm_ext::cpu {
 
-inline bool is_rowwise(const Geometry& g) { return g.per_stat > 1 && g.cell_count() == 1; }
-
-// y = xhat * weight + bias, xhat = (x - centre) * scale + shift
-template <typename A>
-struct NormalizeRow {
-  static constexpr int kCoefficients = 3, kParameters = 2;
-  Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A> (&p)[2], const Vec<A>& x) const {
-    return at::vec::fmadd(at::vec::fmadd(x - c[0], c[1], c[2]), p[0], p[1]);
-  }
-};
-
-// Parameters in the type that the kernels compute in; those of all channels lie one after the other.
-template <typename A>
-void set_parameter(A* to, const double* from, int64_t channels) {
-  for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<A>(from[c]);
-}
-
-// Without `centred` the mean counts as 0: root mean square normalization.
-template <typename T>
-class RowwiseForward {
-  using A = Acc<T>;
-
- public:
-  RowwiseForward(const Geometry& geometry, const double* weight, const double* bias)
-      : g(geometry), parameters(g.channels), rows(g.stats()) {
-    set_parameter(parameters.row(0), weight, g.channels);
-    set_parameter(parameters.row(1), bias, g.channels);
-  }
-
-  // Also sets mean and invstd of each row.
-  void run(const T* x, T* y, bool centred, double eps, double* mean, double* invstd) {
-    const double n = static_cast<double>(g.count());
-    const auto finish = [&](int64_t first, int64_t width, const double* means, const double* m2) {
-      std::unique_ptr<double[]> var(new double[width]);
-      for (int64_t i = 0; i < width; ++i) {
-        mean[first + i] = centred ? means[i] : 0;
-        var[i] = m2[i] / n + (centred ? 0 : means[i] * means[i]);
-        invstd[first + i] = 1 / std::sqrt(var[i] + eps);
-      }
-      if (centred) mend_spread(g, x, first, width, eps, mean + first, var.get(), invstd + first);
-      set_coefficients(first, width, mean, invstd, n);
-    };
-    const Row<T> pattern(g.merged());
-    with_streaming<T>(g, [&](auto streaming) {
-      const auto map = [&](int64_t block, int64_t chunk, Scratch&) {
-        pattern.template map_along<streaming.value>(block, chunk, NormalizeRow<A>(), rows.view(), parameters.view(),
-                                                    g.channels / g.per_stat, y, x);
-      };
-      reduce_moments(pattern, x, finish, map);
-    });
-  }
-
- private:
-  void set_coefficients(int64_t first, int64_t width, const double* mean, const double* invstd, double n) {
-    for (int64_t r = first; r < first + width; ++r) {
-      const double about = centre_of<A>(mean[r], invstd[r], n, invstd[r]);
-      const Affine<A> affine = make_affine<A>(about, mean[r], invstd[r], 1, 0);
-      rows.row(0)[r] = affine.centre;
-      rows.row(1)[r] = affine.scale;
-      rows.row(2)[r] = affine.shift;
-    }
-  }
-
-  const Geometry g;
-  CoefficientTable<A, 2> parameters;
-  CoefficientTable<A, 3> rows;
-};
-
 // dx = invstd * (g - avg(g) - xhat * avg(g * xhat)) with g = weight * dy, and the sums over rows of dy * xhat and of
 // dy. A chunk is some samples, by the shape alone; its threads' sums over rows are merged in the order of the chunks.
 template <typename T>
-class RowwiseBackward {
+class AlongBackward {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
   static constexpr int64_t kMinSamples = 16;       // of a chunk
   static constexpr int64_t kMaxPartials = 524288;  // sums over rows of all chunks together: 8 MB
 
  public:
-  RowwiseBackward(const Geometry& geometry, const double* weight) : g(geometry), parameters(g.channels) {
-    set_parameter(parameters.row(0), weight, g.channels);
+  AlongBackward(const Geometry& geometry, const double* weight) : g(geometry), parameters(g.channels) {
+    std::transform(weight, weight + g.channels, parameters.row(0), [](double w) { return static_cast<A>(w); });
     samples_per_chunk = even_share(g.batch, std::max(kMinSamples, g.batch * g.channels / kMaxPartials));
     chunks = (g.batch + samples_per_chunk - 1) / samples_per_chunk;
   }
