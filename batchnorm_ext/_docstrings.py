@@ -135,6 +135,10 @@ equation 3.
 
 Args:"""
     + _ROWS % ("added to the variance. Default: 1e-5.", "``weight`` (at first 1) and ``bias`` (0)")
+    + """
+    channel_dim: 1 for mean and variance over the channels of each position of ``(N, C, *)``, as in
+        ConvNeXt (Liu et al., *A ConvNet for the 2020s*, 2022); the output keeps the memory format.
+        Default: None, the last dimensions."""
     + _CREATED
     + _ROW_TENSORS.lstrip("\n").join(["\n", ""])
     + _MISFIT.lstrip("\n")

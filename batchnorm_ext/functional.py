@@ -196,25 +196,30 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    channel_dim: int | None = None,
 ) -> Tensor:
-    r"""Layer normalization, as :func:`torch.nn.functional.layer_norm`.
+    r"""Layer normalization, as :func:`torch.nn.functional.layer_norm`, or over the channels.
 
     .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
 
-    with mean and (biased) variance over the last dimensions. Source: Ba, Kiros & Hinton, *Layer
-    Normalization*, 2016, equation 3.
+    with mean and (biased) variance over the last dimensions, or, with ``channel_dim``, over the
+    channels of each position, as in ConvNeXt. Source: Ba, Kiros & Hinton, *Layer Normalization*,
+    2016, equation 3; Liu et al., *A ConvNet for the 2020s*, 2022.
 
     Args:
-        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
-            is handed to PyTorch's function.
-        normalized_shape: sizes of the last dimensions.
+        input: ``(*, *normalized_shape)`` or, with ``channel_dim``, ``(N, C, *)``, in float32,
+            float64, bfloat16 or float16. Any other input is handed to PyTorch's function.
+        normalized_shape: sizes of the last dimensions, or ``(C,)``.
         weight, bias: gamma and beta of that shape, float32 or of input's dtype.
         eps: added to the variance.
+        channel_dim: None or 1.
 
     Returns:
-        Contiguous tensor of the shape and dtype of ``input``.
+        Tensor of the shape and dtype of ``input``: contiguous, or with ``channel_dim`` in the
+        memory format of ``input``.
 
     Raises:
+        ValueError: another ``channel_dim``.
         RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
 
     Example::
@@ -224,6 +229,8 @@ def layer_norm(
         >>> y.mean(-1).abs().max() < 1e-6
         tensor(True)
     """
+    if channel_dim is not None:
+        return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
         if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
             arguments = (input, normalized_shape, weight, bias, True, eps)
@@ -232,6 +239,34 @@ def layer_norm(
                 return output
         return LAYER_NORM(input, normalized_shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _layer_norm_of_channels(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    if channel_dim != 1:
+        raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
+    if not torch.jit.is_scripting():
+        if (
+            not _ops.leaves_process()
+            and _ops.takes(LAYER_NORM, input, weight, bias)
+            and input.dim() > 2
+            and input.shape[1:2] == tuple(normalized_shape)
+        ):
+            x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
+            arguments = (x, weight, bias, None, None, True, eps, x.size(1), True, 2)
+            output = call_or_log(LAYER_NORM, _ops.batch_norm, *arguments)
+            if output is not None:
+                return output.transpose(1, 2).reshape(input.shape)
+        rows = input.movedim(1, -1)
+        return LAYER_NORM(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
+    rows = input.movedim(1, -1)
+    return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
 
 
 def rms_norm(

@@ -4,8 +4,11 @@ Each class derives from its counterpart and replaces ``forward`` alone, so that 
 ``state_dict``, ``repr``, checks and ``isinstance`` are those of ``torch.nn``.
 """
 
-from torch import nn
+from collections.abc import Sequence
 
+from torch import Tensor, nn
+
+from batchnorm_ext import functional
 from batchnorm_ext._docstrings import GROUP, INSTANCE, LAYER, RMS, documented
 from batchnorm_ext._layer import (
     FusedBatchNorm,
@@ -205,14 +208,49 @@ class GroupNorm(FusedGroupNorm, nn.GroupNorm):
 
 @documented("(*, *normalized_shape)", LAYER)
 class LayerNorm(FusedLayerNorm, nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm` on the fused kernels.
+    """:class:`torch.nn.LayerNorm` on the fused kernels, also over the channels of images.
 
     Example::
 
         >>> norm = batchnorm_ext.LayerNorm(512)
         >>> norm(torch.randn(8, 100, 512)).shape
         torch.Size([8, 100, 512])
+        >>> norm = batchnorm_ext.LayerNorm(64, channel_dim=1)
+        >>> norm(torch.randn(8, 64, 56, 56)).shape
+        torch.Size([8, 64, 56, 56])
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        channel_dim: int | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        if channel_dim is not None:
+            if channel_dim != 1 or len(self.normalized_shape) != 1:
+                raise ValueError(
+                    "expected channel_dim to be None, or 1 with one size in normalized_shape, got "
+                    f"{channel_dim} and {self.normalized_shape}"
+                )
+            self.__class__ = ChannelLayerNorm
+
+
+class ChannelLayerNorm(LayerNorm):
+    """A :class:`LayerNorm` with ``channel_dim=1``; no layer of ``torch.nn`` computes the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, 1
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, channel_dim=1"
 
 
 @documented("(*, *normalized_shape)", RMS)
