@@ -2,8 +2,8 @@
 
     python benchmarks/bench_family.py --allocator both --runs 3
 
-Writes family-<allocator>.csv, milliseconds: this library, native PyTorch, what users write by hand
-where there is a usual formula, native under torch.compile, and a clone of the input.
+Writes family-<allocator>.csv, milliseconds: this library, native PyTorch (for layer normalization of
+channels the formula that users write), the same under torch.compile, and a clone of the input.
 """
 
 import sys
@@ -28,7 +28,7 @@ from cases import DTYPES
 class ByHand(nn.Module):
     """Layer normalization of channels, as ConvNeXt has it."""
 
-    def __init__(self, channels: int, channel_dim: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight, self.bias = (nn.Parameter(f(channels)) for f in (torch.ones, torch.zeros))
 
@@ -37,10 +37,30 @@ class ByHand(nn.Module):
         return F.layer_norm(rows, self.weight.shape, self.weight, self.bias).permute(0, 3, 1, 2)
 
 
-Make = Callable[[object, tuple[int, ...]], nn.Module]
-NORMS: dict[str, tuple[Make, list[tuple[int, ...]]]] = {
+class WeightNorm(nn.Module):
+    """The weight alone, as a function of its direction."""
+
+    def __init__(self, weight_norm: Callable, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(shape[0], *[1] * (len(shape) - 1)))
+        self.norm = weight_norm(nn.Linear(1, 1)).parametrizations.weight[0]
+
+    def forward(self, v):
+        return self.norm(self.g, v)
+
+
+Make = Callable[[tuple[int, ...]], nn.Module]
+
+
+def both(make: Callable[[object, tuple[int, ...]], nn.Module]) -> tuple[Make, Make]:
+    """Native and ours."""
+    return (lambda shape: make(nn, shape)), (lambda shape: make(batchnorm_ext, shape))
+
+
+ROWS = [(8192, 1024), (2048, 4096), (50000, 96), (64, 128)]
+NORMS: dict[str, tuple[Make, Make, list[tuple[int, ...]]]] = {
     "GroupNorm": (
-        lambda lib, shape: lib.GroupNorm(32, shape[1]),
+        *both(lambda lib, shape: lib.GroupNorm(32, shape[1])),
         [
             (2, 320, 64, 64),
             (2, 640, 32, 32),
@@ -50,42 +70,22 @@ NORMS: dict[str, tuple[Make, list[tuple[int, ...]]]] = {
         ],
     ),
     "InstanceNorm": (
-        lambda lib, shape: getattr(lib, f"InstanceNorm{len(shape) - 2}d")(shape[1], affine=True),
+        *both(lambda lib, s: getattr(lib, f"InstanceNorm{len(s) - 2}d")(s[1], affine=True)),
         [(2, 32, 64, 128, 128), (4, 64, 256, 256), (8, 256, 14, 14)],
     ),
-    "LayerNorm": (
-        lambda lib, shape: lib.LayerNorm(shape[-1]),
-        [(8192, 1024), (2048, 4096), (50000, 96), (64, 128)],
-    ),
-    "RMSNorm": (
-        lambda lib, shape: lib.RMSNorm(shape[-1]),
-        [(8192, 1024), (2048, 4096), (50000, 96), (64, 128)],
-    ),
+    "LayerNorm": (*both(lambda lib, shape: lib.LayerNorm(shape[-1])), ROWS),
+    "RMSNorm": (*both(lambda lib, shape: lib.RMSNorm(shape[-1])), ROWS),
     "LayerNorm of channels": (
-        lambda lib, shape: getattr(lib, "LayerNorm" if lib is batchnorm_ext else "ByHand")(
-            shape[1], channel_dim=1
-        ),
+        lambda shape: ByHand(shape[1]),
+        lambda shape: batchnorm_ext.LayerNorm(shape[1], channel_dim=1),
         [(16, 96, 56, 56), (16, 384, 14, 14), (16, 768, 7, 7)],
     ),
-    "weight_norm": (None, [(512, 512, 3, 3), (1024, 4096), (64, 3, 7, 7)]),
+    "weight_norm": (
+        lambda shape: WeightNorm(parametrizations.weight_norm, shape),
+        lambda shape: WeightNorm(batchnorm_ext.weight_norm, shape),
+        [(512, 512, 3, 3), (1024, 4096), (64, 3, 7, 7)],
+    ),
 }
-
-
-class WeightNorm(nn.Module):
-    """The weight alone, as a function of its direction."""
-
-    def __init__(self, library, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.ones(shape[0], *[1] * (len(shape) - 1)))
-        norm = parametrizations if library is nn else batchnorm_ext
-        linear = norm.weight_norm(nn.Linear(1, 1))
-        self.norm = linear.parametrizations.weight[0]
-
-    def forward(self, v):
-        return self.norm(self.g, v)
-
-
-nn.ByHand = ByHand
 
 
 def call(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> timing.Call:
@@ -94,12 +94,11 @@ def call(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> timing.Call:
 
 
 def measure(name: str, shape: tuple[int, ...], dtype: str, layout: str, args: Namespace) -> dict:
-    make = NORMS[name][0] or WeightNorm
     x, dy = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(2))
     if layout == "nhwc":
         x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
     x.requires_grad_()
-    native, ours = (make(library, shape).to(x.dtype) for library in (nn, batchnorm_ext))
+    native, ours = (make(shape).to(x.dtype) for make in NORMS[name][:2])
     calls = {"copy": x.detach().clone, "ours": call(ours, x, dy), "native": call(native, x, dy)}
     if not args.quick:
         torch._dynamo.reset()
@@ -110,7 +109,7 @@ def measure(name: str, shape: tuple[int, ...], dtype: str, layout: str, args: Na
 
 
 def cases() -> Iterator[tuple]:
-    for name, (_, shapes) in NORMS.items():
+    for name, (_, _, shapes) in NORMS.items():
         for shape in shapes:
             for dtype in ("fp32", "bf16"):
                 images = len(shape) > 2 and name != "weight_norm"
