@@ -2,8 +2,8 @@
 
     python benchmarks/bench_family.py --allocator both --runs 3
 
-Writes family-<allocator>.csv, milliseconds: this library, native PyTorch (for layer normalization of
-channels the formula that users write), the same under torch.compile, and a clone of the input.
+Writes family-<allocator>.csv, milliseconds: this library, native PyTorch (for layer normalization
+of channels the formula that users write), the same under torch.compile, a clone of the input.
 """
 
 import sys

@@ -12,6 +12,7 @@ from situations import (  # noqa: F401
     counters,
     dtypes,
     family,
+    family_functions,
     grad_modes,
     gradients,
     hooks,
