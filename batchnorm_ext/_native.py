@@ -40,7 +40,7 @@ class Native:
 
 
 BATCH_NORM = Native("batch_norm", "cpu", "cuda")
-INSTANCE_NORM = Native("instance_norm", "cpu")
+INSTANCE_NORM = Native("instance_norm", "cpu", "cuda")
 GROUP_NORM = Native("group_norm", "cpu")
 LAYER_NORM = Native("layer_norm", "cpu")  # on CUDA, PyTorch's kernels are the best there are
 RMS_NORM = Native("rms_norm", "cpu")

@@ -16,26 +16,28 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace batchnorm_ext {
 
 struct Geometry {
   int64_t outer = 0, channels = 0, inner = 0, batch = 1, per_stat = 1;
 
-  int64_t cells() const { return batch * channels; }
+  BATCHNORM_EXT_HD int64_t cells() const { return batch * channels; }
   int64_t stats() const { return cells() / per_stat; }
-  int64_t cell_count() const { return outer * inner; }               // elements of a cell
-  int64_t count() const { return per_stat * cell_count(); }          // elements behind each statistic
-  int64_t sample_numel() const { return outer * channels * inner; }  // elements of one index of `batch`
+  BATCHNORM_EXT_HD int64_t cell_count() const { return outer * inner; }  // elements of a cell
+  int64_t count() const { return per_stat * cell_count(); }              // elements behind each statistic
+  int64_t sample_numel() const { return outer * channels * inner; }      // elements of one index of `batch`
   int64_t numel() const { return batch * sample_numel(); }
   // The offset of the first element of a cell.
-  int64_t first_of(int64_t cell) const {
+  BATCHNORM_EXT_HD int64_t first_of(int64_t cell) const {
     const int64_t sample = batch == 1 || outer == 1 ? 0 : cell / channels;
     return cell * inner + sample * (outer - 1) * channels * inner;
   }
   // The same statistics, with cells that lie one after the other taken as one.
   Geometry merged() const { return outer > 1 ? *this : Geometry{1, channels / per_stat, inner * per_stat, batch, 1}; }
   // The offset of element i of a cell, and of those that follow it.
-  int64_t element_of(int64_t cell, int64_t i) const {
+  BATCHNORM_EXT_HD int64_t element_of(int64_t cell, int64_t i) const {
     const int64_t here = i % cell_count();
     return first_of(cell + i / cell_count()) + here / inner * channels * inner + here % inner;
   }

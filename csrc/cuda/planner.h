@@ -129,7 +129,8 @@ class Planner {
     shape_.rows_at_once = Divider(row() ? 1 : kThreads / columns(width));
     shape_.outputs = Divider(shape_.columns.divisor * std::min(plan_.pack, kPassLanes));
     shape_.splits = std::max<int32_t>(1, kThreads / shape_.outputs.divisor);
-    shape_.groups = static_cast<int32_t>(ceil_div(g.channels, width));
+    shape_.groups_per_sample = static_cast<int32_t>(ceil_div(g.channels, width));
+    shape_.groups = static_cast<int32_t>(g.batch * shape_.groups_per_sample);
     shape_.run = Divider(row() ? g.inner / plan_.pack : 1);
     shape_.inner = Divider(row() ? 1 : g.inner);
     shape_.entry_bits = thread_bits(row() ? kWarps : g.inner, width);
