@@ -269,6 +269,17 @@ def _layer_norm_of_channels(
     return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
 
 
+# PyTorch's versions differ: of a half precision the default is its own or that of float32.
+_HALF_HAS_ITS_OWN = F.rms_norm(torch.full((1,), 1e-3, dtype=torch.bfloat16), (1,)).item() < 0.5
+
+
+def default_rms_eps(dtype: torch.dtype) -> float:
+    """What ``torch.nn.functional.rms_norm`` adds to the mean square if ``eps`` is None."""
+    if dtype.itemsize < 4 and not _HALF_HAS_ITS_OWN:
+        dtype = torch.float32
+    return torch.finfo(dtype).eps
+
+
 def rms_norm(
     input: Tensor,
     normalized_shape: list[int],
@@ -305,7 +316,7 @@ def rms_norm(
     """
     if not torch.jit.is_scripting():
         if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
-            least = torch.finfo(input.dtype).eps if eps is None else eps
+            least = default_rms_eps(input.dtype) if eps is None else eps
             arguments = (input, normalized_shape, weight, None, False, least)
             output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)
             if output is not None:

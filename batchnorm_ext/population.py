@@ -96,7 +96,7 @@ class _Record:
         self.total = nothing  # pooled
         self.batches, self.means, self.variances = nothing  # paper: number and sums
 
-    def hook(self, layer: nn.Module, inputs: tuple) -> None:
+    def hook(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
         moments = Moments.of(inputs[0].detach())
         if isinstance(layer, SyncBatchNorm):
             moments = moments.over_ranks(layer._group())
@@ -121,7 +121,7 @@ class _Record:
 
 @contextmanager
 def _recording(records: dict[nn.Module, _Record]) -> Iterator[None]:
-    handles = [layer.register_forward_pre_hook(record.hook) for layer, record in records.items()]
+    handles = [layer.register_forward_hook(record.hook) for layer, record in records.items()]
     try:
         yield
     finally:

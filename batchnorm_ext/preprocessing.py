@@ -132,7 +132,7 @@ class StandardScaler(_Scaler):
 
     Attributes:
         mean_, var_, scale_: ``(features,)``, float64. ``var_`` and ``scale_`` are None without
-            ``with_std``.
+            ``with_std``, and without ``with_mean`` ``mean_`` as well.
         n_samples_seen_: ``(features,)``, int64: the values behind each, NaN left out.
         n_features_in_: int.
 
@@ -167,29 +167,29 @@ class StandardScaler(_Scaler):
     def _update(self, values: Tensor) -> "StandardScaler":
         moments = self._moments(values).over_ranks(self.process_group)
         if self._is_fitted():
-            seen = self.n_samples_seen_.double()
-            var = self._spread if self._spread is not None else torch.zeros_like(seen)
-            moments = Moments(seen, self.mean_, var).merged(moments)
-        variance = moments.variance
+            moments = self._so_far().merged(moments)
+        mean = torch.where(moments.count > 0, moments.mean, torch.nan)
         return self._keep(
-            mean_=torch.where(moments.count > 0, moments.mean, torch.nan),
-            var_=variance if self.with_std else None,
+            mean_=mean if self.with_mean or self.with_std else None,
+            var_=moments.variance if self.with_std else None,
             scale_=_scale_of(moments) if self.with_std else None,
             n_samples_seen_=moments.count.long(),
         )
 
-    @property
-    def _spread(self) -> Tensor | None:
-        return None if self.var_ is None else self.var_ * self.n_samples_seen_
+    def _so_far(self) -> Moments:
+        """What is not kept is not asked for either: 0 stands for it."""
+        count = self.n_samples_seen_.double()
+        mean, var = (torch.zeros_like(count) if t is None else t for t in (self.mean_, self.var_))
+        seen = count > 0
+        return Moments(count, mean.where(seen, 0), (var * count).where(seen, 0))
 
     @staticmethod
     def _moments(values: Tensor) -> Moments:
+        values = values.double()
         moments = Moments.of(values)
         if not moments.mean.isnan().any():
             return moments
-        known = ~values.isnan()
-        count = known.sum(0).double()
-        values = values.double()
+        count = (~values.isnan()).sum(0).double()
         mean = values.nansum(0) / count.clamp(min=1)
         return Moments(count, mean, (values - mean).square().nansum(0))
 

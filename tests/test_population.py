@@ -77,7 +77,7 @@ def test_what_stays():
     assert [module.training for module in model.modules()] == modes
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"0.running_mean", "0.running_var"}
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_number_of_batches():
@@ -119,7 +119,7 @@ def test_an_error_leaves_the_model_as_it_was():
         update_population_stats(model.eval(), _batches([4]))
     for name, value in model.state_dict().items():
         assert_bitwise(name, value, before[name])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def population_on_ranks():

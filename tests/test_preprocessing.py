@@ -51,8 +51,11 @@ def _sklearn(scaler, options, batches):
 
 
 def _assert_like(name, actual, expected):
+    """scikit-learn keeps the extremes of float32 in float32."""
     expected = torch.as_tensor(expected)
-    assert_within(name, actual, expected, EXACT * expected.abs().clamp(min=1e-3))
+    single = expected.dtype == torch.float32
+    eps = 4 * torch.finfo(torch.float32).eps if single else EXACT
+    assert_within(name, actual, expected, eps * expected.abs().clamp(min=1e-3))
 
 
 def _assert_fitted_like(fitted, other):
@@ -105,8 +108,9 @@ def test_batches_in_any_order_are_one_pass(far):
         for batch in batches:
             fitted.partial_fit(batch)
         assert_within("mean", fitted.mean_, whole.mean_, EXACT * whole.mean_.abs().clamp(min=1))
-        # a mean of 1e12 has a unit in the last place of 1e-4
-        noise = (far * torch.finfo(torch.float64).eps) ** 2 * 16
+        # means are rounded, and the distance of two of them, up to some std, is squared
+        rounding = 16 * far * torch.finfo(torch.float64).eps
+        noise = rounding * (whole.var_.sqrt() + rounding)
         assert_within("var", fitted.var_, whole.var_, 1e-11 * whole.var_ + noise), order
 
 
