@@ -54,8 +54,8 @@ def _assert_like(name, actual, expected):
     """scikit-learn keeps the extremes of float32 in float32."""
     expected = torch.as_tensor(expected)
     single = expected.dtype == torch.float32
-    eps = 4 * torch.finfo(torch.float32).eps if single else EXACT
-    assert_within(name, actual, expected, eps * expected.abs().clamp(min=1e-3))
+    eps, least = (4 * torch.finfo(torch.float32).eps, 1) if single else (EXACT, 1e-3)
+    assert_within(name, actual, expected, eps * expected.abs().clamp(min=least))
 
 
 def _assert_fitted_like(fitted, other):
@@ -78,7 +78,7 @@ def test_like_sklearn(scaler, options, dtype, sizes):
     _assert_fitted_like(fitted, other)
     new = _data(dtype) * 2
     z = fitted.transform(new)
-    eps = EXACT if z.dtype == torch.float64 else torch.finfo(z.dtype).eps
+    eps = EXACT if z.dtype == torch.float64 else 8 * torch.finfo(z.dtype).eps
     expected = torch.as_tensor(other.transform(new.numpy().copy()))
     assert z.dtype == expected.dtype
     assert_within("z", z, expected, eps * expected.abs().clamp(min=1))
@@ -109,7 +109,7 @@ def test_batches_in_any_order_are_one_pass(far):
             fitted.partial_fit(batch)
         assert_within("mean", fitted.mean_, whole.mean_, EXACT * whole.mean_.abs().clamp(min=1))
         # means are rounded, and the distance of two of them, up to some std, is squared
-        rounding = 16 * far * torch.finfo(torch.float64).eps
+        rounding = 32 * far * torch.finfo(torch.float64).eps
         noise = rounding * (whole.var_.sqrt() + rounding)
         assert_within("var", fitted.var_, whole.var_, 1e-11 * whole.var_ + noise), order
 
