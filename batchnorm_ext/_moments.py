@@ -25,13 +25,16 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
         """Those of the channels of ``(N, C, *)``."""
+        moments = cls.none(x.size(1), x.device)
         if x.numel() == 0:
-            return cls.none(x.size(1), x.device)
-        sums = torch.ops.batchnorm_ext.moments(x)
-        # The operator that normalizes by sums gives their mean and 1 / std; here to no element.
-        _, (mean, invstd) = torch.ops.batchnorm_ext.apply(x[:0], None, None, sums, _TINY)
+            return moments
+        count = moments.count + x.numel() // x.size(1)
+        if x.numel() == x.size(1):  # one value has no variance
+            return cls(count, x.double().flatten(), moments.m2)
+        none = (None,) * 4
+        # What the operator keeps for its backward: the mean and 1 / std.
+        mean, invstd = torch.ops.batchnorm_ext.batch_norm(x, *none, True, _TINY)[1]
         variance = (invstd.square().reciprocal() - _TINY).clamp(min=0)
-        count = sums[-1:].expand_as(mean)
         return cls(count, mean, variance * count)
 
     def merged(self, other: "Moments") -> "Moments":

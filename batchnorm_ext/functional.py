@@ -178,6 +178,7 @@ def group_norm(
     if not torch.jit.is_scripting():
         if (
             isinstance(num_groups, int)
+            and not isinstance(num_groups, bool)
             and num_groups > 0
             and not _ops.leaves_process()
             and _ops.takes(GROUP_NORM, input, weight, bias)

@@ -1,4 +1,5 @@
 // Tensors in, pointers out: the CUDA side of the ops.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

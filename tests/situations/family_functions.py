@@ -43,7 +43,7 @@ def _(lib):
     return [caught(lib.group_norm, batch(*IMAGE), groups) for groups in values]
 
 
-@situation("layer_norm and rms_norm: shapes")
+@situation("layer_norm and rms_norm: shapes", scale=SCALE)
 def _(lib):
     values = ((2,), [3, 2], IMAGE, torch.Size([2]), (4,), (), 2, (2.0,), None, (5, *IMAGE))
     return [
