@@ -119,7 +119,8 @@ class AcrossBackward {
       const int64_t left = columns - j;
       const auto out = step(j, load_block<V>(dy + j, left), load_block<V>(x + j, left), left);
       if (dx != nullptr)
-        narrow<T>(out, [&](const Vec<T>& part, int64_t) { part.store(dx + j, std::min<int64_t>(left, Vec<T>::size())); });
+        narrow<T>(out,
+                  [&](const Vec<T>& part, int64_t) { part.store(dx + j, std::min<int64_t>(left, Vec<T>::size())); });
     }
     sums[0] = sum_of_vectors(dots);
     sums[1] = sum_of_vectors(totals);

@@ -163,7 +163,11 @@ class Row {
     }
     const double sum = sum_of_vectors(sums), shift = sum / count;
     *mean = middle + shift;
-    *m2 = sum_of_vectors(squares) - sum * shift;
+    const double second = sum_of_vectors(squares);
+    *m2 = second - sum * shift;
+    if (second > 0) return;
+    for (int q = 0; q < V; ++q) sums[q] = sums[q].abs();
+    if (sum_of_vectors(sums) > 0) *m2 = -1;  // all squares have vanished: range.h sums again what is out of range
   }
 
   // In registers: with few elements, most of the time would go into the lanes of the accumulators.
