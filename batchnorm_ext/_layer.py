@@ -107,8 +107,10 @@ class FusedBatchNorm(Fused):
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
         training = bool(self.training) or (mean is None and var is None)
-        tensors = (input, mean, var, weight, bias, batches, counted)
-        return normalize(BATCH_NORM, *tensors, training, momentum, self.eps)
+        eps = self.eps
+        return normalize(
+            BATCH_NORM, input, mean, var, weight, bias, batches, counted, training, momentum, eps
+        )
 
     def _exports_as_torch(self) -> bool:
         """Not where it reads its counter."""

@@ -34,9 +34,8 @@ class Native:
 
     def is_replaced(self) -> bool:
         function = getattr(self._module, self.name)
-        return (function is not self._function and function is not self.ours) or getattr(
-            torch, self.name
-        ) is not self._operator
+        expected = function is self._function or function is self.ours
+        return not (expected and getattr(torch, self.name) is self._operator)
 
 
 BATCH_NORM = Native("batch_norm", "cpu", "cuda")

@@ -117,12 +117,12 @@ def leaves_process() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-def takes(native: Native, input: Tensor, *others: Tensor | None) -> bool:
+def takes(native: Native, *tensors: Tensor | None) -> bool:
     """Whether a call goes to the operators, here and now, and not to torch's own function.
 
-    ``others``: the other tensors that it takes.
+    ``tensors``: those that the call takes, the input first.
     """
-    reason = refusal(native, input, *others)
+    reason = refusal(native, tensors)
     if reason is None:
         return True
     if not torch.compiler.is_compiling():
@@ -130,7 +130,7 @@ def takes(native: Native, input: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
-def refusal(native: Native, input: Tensor, *others: Tensor | None) -> str | None:
+def refusal(native: Native, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why a call does not go to the operators, or None if it does.
 
     What the operators find out by themselves is not asked here: see ``is_refusal``.
@@ -141,7 +141,7 @@ def refusal(native: Native, input: Tensor, *others: Tensor | None) -> str | None
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    tensors = (input, *others)
+    input = tensors[0]
     if has_torch_function(tensors) and not torch.compiler.is_compiling():
         if reason := _overriding(*tensors):
             return reason

@@ -81,7 +81,7 @@ def _results(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     layer.to(case.device)
     x, dy = (t.to(case.device).to(memory_format=case.memory_format) for t in (x, dy))
     statistics = layer.running_mean, layer.running_var
-    if reason := _ops.refusal(BATCH_NORM, x, *statistics, layer.weight, layer.bias):
+    if reason := _ops.refusal(BATCH_NORM, (x, *statistics, layer.weight, layer.bias)):
         raise RuntimeError(f"the kernels do not take it: {reason}")
     y = layer(x.requires_grad_())
     y.backward(dy)

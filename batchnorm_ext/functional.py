@@ -67,8 +67,20 @@ def batch_norm(
             and not _ops.leaves_process()
             and _ops.takes(BATCH_NORM, input, running_mean, running_var, weight, bias)
         ):
-            tensors = (input, running_mean, running_var, weight, bias, None, None)
-            return normalize(BATCH_NORM, *tensors, training, momentum, eps)
+            # one by one: to collect and spread arguments costs as much as a small layer gains
+            return normalize(
+                BATCH_NORM,
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                None,
+                None,
+                training,
+                momentum,
+                eps,
+            )
         tensors = (input, running_mean, running_var, weight, bias)
         return BATCH_NORM(*tensors, training, momentum, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -118,7 +118,7 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
-        if reason := _ops.refusal(BATCH_NORM, input, mean, var, weight, bias):
+        if reason := _ops.refusal(BATCH_NORM, (input, mean, var, weight, bias)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
         debug = _DEBUG and not torch.compiler.is_compiling()
