@@ -25,11 +25,12 @@ MINUTES ?= 40
 
 # All of them change the same environment.
 .NOTPARALLEL:
-.PHONY: help demo demo-ddp test lint format tables bench gpu cuda-check clean
+.PHONY: help demo demo-ddp effects test lint format tables bench gpu cuda-check clean
 
 help:
 	@echo 'make demo        train on real images with native, converted and no BatchNorm -> demo.png'
 	@echo 'make demo-ddp    train in 2 processes with and without SyncBatchNorm -> demo_ddp.png'
+	@echo 'make effects     try what the literature says that normalization does -> effects.png'
 	@echo 'make test        build in place and run the tests    (PYTEST="-k convert" picks some)'
 	@echo 'make lint        check style and measured tables     (make format and make tables mend it)'
 	@echo 'make bench       measure layers and training steps   (BENCH=--quick for a smoke run)'
@@ -43,6 +44,9 @@ demo: $(BUILT) $(VENV)/.demo
 
 demo-ddp: $(BUILT) $(VENV)/.demo
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=2 examples/train_ddp.py
+
+effects: $(BUILT) $(VENV)/.demo
+	$(PY) examples/effects.py
 
 test: $(BUILT) $(VENV)/.test
 	$(PY) -m pytest $(PYTEST)
@@ -74,7 +78,7 @@ format: $(VENV)/.lint
 	$(VENV)/bin/clang-format -i $(CODE) $(TEST_CODE)
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis demo.png demo_ddp.png
+	rm -rf build dist *.egg-info .venv .venv-cuda .pytest_cache .ruff_cache .hypothesis demo.png demo_ddp.png effects.png
 	rm -f batchnorm_ext/*.so batchnorm_ext/_build.py
 
 # There is one build in place, whichever environment it is for: the stamps of others are void.

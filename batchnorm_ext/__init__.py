@@ -1,25 +1,38 @@
-"""Fused, accurate batch normalization for PyTorch.
+"""Fused, accurate normalization for PyTorch.
 
     import batchnorm_ext
-    model = batchnorm_ext.convert(model)   # every nn.BatchNorm* in it now runs on the fused kernels
+    model = batchnorm_ext.convert(model)   # its normalization layers now run on the fused kernels
 
-``BatchNorm1d/2d/3d`` and their lazy forms are drop-ins for the ``torch.nn`` classes,
-``functional.batch_norm`` for the function. ``convert_sync_batchnorm`` makes layers normalize over
-all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions, ``show_config`` tells how the
-library was built. ``python -m batchnorm_ext`` prints what a bug report needs, and tests the build.
+``BatchNorm1d/2d/3d``, ``InstanceNorm1d/2d/3d``, their lazy forms, ``GroupNorm``, ``LayerNorm`` and
+``RMSNorm`` are drop-ins for the ``torch.nn`` classes, ``functional`` for the functions and
+``weight_norm`` for the parametrization. ``convert_sync_batchnorm`` makes layers normalize over all
+ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales features,
+``update_population_stats`` and ``as_affine`` prepare a model for evaluation. ``show_config`` tells
+how the library was built, ``python -m batchnorm_ext`` prints what a bug report needs and tests it.
 """
 
-from batchnorm_ext import functional
+from batchnorm_ext import functional, preprocessing
 from batchnorm_ext._ops import show_config
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+    RMSNorm,
 )
+from batchnorm_ext.parametrizations import weight_norm
+from batchnorm_ext.population import as_affine, update_population_stats
 from batchnorm_ext.sync import SyncBatchNorm
 
 __version__ = "0.1.0"
@@ -28,13 +41,26 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "RMSNorm",
     "SyncBatchNorm",
+    "as_affine",
     "convert",
     "convert_sync_batchnorm",
     "functional",
+    "preprocessing",
     "revert",
     "show_config",
+    "update_population_stats",
+    "weight_norm",
 ]

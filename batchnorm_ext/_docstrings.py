@@ -6,29 +6,22 @@ from typing import TypeVar
 
 Layer = TypeVar("Layer", bound=type)
 
-_DETAILS = r"""
-.. math:: y = \frac{{x - \mathrm{{E}}[x]}}{{\sqrt{{\mathrm{{Var}}[x] + \epsilon}}}} * \gamma + \beta
+_STANDARDIZED = r"""
+.. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+"""
 
-Mean and (biased) variance are per channel C, over all other dimensions. In training they are those
-of the batch, and the running statistics move towards them by ``momentum``, the variance to the
-unbiased one; evaluation uses the running statistics. An empty batch changes neither them nor
-``num_batches_tracked``.
-
-Source: Ioffe & Szegedy, *Batch Normalization: Accelerating Deep Network Training by Reducing
-Internal Covariate Shift*, 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2.
-
-Args:
-{num_features}    eps: added to the variance; positive in training. Default: 1e-5.
-    momentum: share of the batch in the new running statistics; None averages over all batches.
-        Default: 0.1.
+_AFFINE = """
     affine: whether the layer has ``weight`` (gamma, at first 1) and ``bias`` (beta, at first 0).
-        Default: True.
-    track_running_stats: whether the layer has running statistics; without them it uses those of
-        the batch in evaluation, too. Default: True.
-    device, dtype: of parameters and running statistics.
-    bias: whether there is a ``bias`` where ``affine`` is true, if this version of PyTorch has the
-        argument. Default: True.
+        Default: %s.
+"""
 
+_CREATED = """
+    device, dtype: of parameters and running statistics.
+    bias: whether there is a ``bias`` beside the ``weight``, if this version of PyTorch has the
+        argument. Default: True.
+"""
+
+_TENSORS = """
 Shape:
     Input: ``{shape}``.
     Output: the same, in the dtype and memory format of the input.
@@ -38,6 +31,36 @@ Dtypes:
     dtype of the input. Other dtypes, layouts and devices are computed by PyTorch's own function.
 
 Raises:
+"""
+
+_MISFIT = """
+    RuntimeError: sizes, dtypes or devices of input and parameters that do not fit together.
+    NotImplementedError: an integer or boolean input.
+"""
+
+BATCH = (
+    _STANDARDIZED
+    + """
+Mean and (biased) variance are per channel C, over all other dimensions. In training they are those
+of the batch, and the running statistics move towards them by ``momentum``, the variance to the
+unbiased one; evaluation uses the running statistics. An empty batch changes neither them nor
+``num_batches_tracked``.
+
+Source: Ioffe & Szegedy, *Batch Normalization: Accelerating Deep Network Training by Reducing
+Internal Covariate Shift*, 2015, https://arxiv.org/abs/1502.03167, algorithms 1 and 2.
+
+Args:
+    num_features: C, the number of channels.
+    eps: added to the variance; positive in training. Default: 1e-5.
+    momentum: share of the batch in the new running statistics; None averages over all batches.
+        Default: 0.1."""
+    + _AFFINE % True
+    + """\
+    track_running_stats: whether the layer has running statistics; without them it uses those of
+        the batch in evaluation, too. Default: True."""
+    + _CREATED
+    + _TENSORS
+    + """\
     ValueError: an input of another number of dimensions; in training, one value per channel, or an
         ``eps`` that is not positive.
     RuntimeError: an input with another number of channels, or on another device; parameters or
@@ -47,22 +70,115 @@ Raises:
 
     Running statistics and ``num_batches_tracked`` are then as before.
 """
-_NUM_FEATURES = "    num_features: C, the number of channels.\n"
+)
+
+INSTANCE = (
+    _STANDARDIZED
+    + """
+Mean and (biased) variance are per sample and channel, over the spatial dimensions. With
+``track_running_stats`` the running statistics move, in training, towards the average over the
+samples, and evaluation uses them. On CUDA the layer is PyTorch's own.
+
+Source: Ulyanov, Vedaldi & Lempitsky, *Instance Normalization: The Missing Ingredient for Fast
+Stylization*, 2016, https://arxiv.org/abs/1607.08022, equation 2.
+
+Args:
+    num_features: C, the number of channels.
+    eps: added to the variance. Default: 1e-5.
+    momentum: share of the input in the new running statistics. Default: 0.1."""
+    + _AFFINE % False
+    + """\
+    track_running_stats: whether the layer has running statistics. Default: False."""
+    + _CREATED
+    + _TENSORS
+    + """\
+    ValueError: an input of another number of dimensions, or with another number of channels; one
+        element per sample and channel."""
+    + _MISFIT
+)
+
+GROUP = (
+    _STANDARDIZED
+    + """
+Mean and (biased) variance are per sample and group of adjacent channels. On CUDA the layer is
+PyTorch's own.
+
+Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2, 7.
+
+Args:
+    num_groups: number of groups, which divides the number of channels.
+    num_channels: C, the number of channels.
+    eps: added to the variance. Default: 1e-5."""
+    + _AFFINE % True
+    + _CREATED.lstrip("\n")
+    + _TENSORS
+    + """\
+    ValueError: a number of groups that does not divide that of the channels; one element in all."""
+    + _MISFIT
+)
+
+_ROWS = """
+    normalized_shape: sizes of the last dimensions, or the size of the last one.
+    eps: %s
+    elementwise_affine: whether the layer has %s of that shape.
+        Default: True."""
+
+_ROW_TENSORS = _TENSORS.replace(" and memory format of the input", " of the input, contiguous")
+
+LAYER = (
+    _STANDARDIZED
+    + """
+Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own.
+
+Source: Ba, Kiros & Hinton, *Layer Normalization*, 2016, https://arxiv.org/abs/1607.06450,
+equation 3.
+
+Args:"""
+    + _ROWS % ("added to the variance. Default: 1e-5.", "``weight`` (at first 1) and ``bias`` (0)")
+    + """
+    channel_dim: 1 for mean and variance over the channels of each position of ``(N, C, *)``, as in
+        ConvNeXt (Liu et al., *A ConvNet for the 2020s*, 2022); the output keeps the memory format.
+        Default: None, the last dimensions."""
+    + _CREATED
+    + _ROW_TENSORS.lstrip("\n").join(["\n", ""])
+    + _MISFIT.lstrip("\n")
+)
+
+RMS = (
+    r"""
+.. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} * \gamma
+
+The mean is over the last dimensions. On CUDA the layer is PyTorch's own.
+
+Source: Zhang & Sennrich, *Root Mean Square Layer Normalization*, 2019,
+https://arxiv.org/abs/1910.07467, equation 4.
+
+Args:"""
+    + _ROWS
+    % (
+        "added to the mean square. Default: the machine epsilon of the input's dtype.",
+        "``weight`` (at first 1)",
+    )
+    + "\n    device, dtype: of the parameter.\n"
+    + _ROW_TENSORS
+    + _MISFIT.lstrip("\n")
+)
 
 
-def documented(shape: str) -> Callable[[Layer], Layer]:
+def documented(shape: str, details: str = BATCH) -> Callable[[Layer], Layer]:
     """Complete the docstring of a layer for inputs of this shape.
 
-    The class has the summary and the example; what all layers share goes between them.
+    The class has the summary and the example; what layers of its kind share goes between them.
     """
 
     def complete(layer: Layer) -> Layer:
         if layer.__doc__ is None:  # python -OO
             return layer
         summary, example = inspect.cleandoc(layer.__doc__).split("\n\n", 1)
-        lazy = "num_features" not in inspect.signature(layer).parameters
-        details = _DETAILS.format(shape=shape, num_features="" if lazy else _NUM_FEATURES)
-        layer.__doc__ = f"{summary}\n{details}\n{example}\n"
+        text = details.replace("{shape}", shape)
+        if "num_features" not in inspect.signature(layer).parameters:  # lazy
+            text = text.replace("    num_features: C, the number of channels.\n", "")
+        layer.__doc__ = f"{summary}\n{text}\n{example}\n"
         return layer
 
     return complete

@@ -1,15 +1,18 @@
 """What the layers have in common: their forward, and what they hand to the operators."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: F401  (what torch.jit.script compiles, see __wrapped__)
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from batchnorm_ext import _ops
+from batchnorm_ext import _ops, functional
+from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
 from batchnorm_ext._tracking import undone_on_error
 
-_native_forward = _BatchNorm.forward
 _exact: set[type] = set()  # the classes of this library, and none derived from them
 
 
@@ -26,36 +29,34 @@ def own(module: nn.Module, kind: str, name: str) -> Tensor | None:
     return getattr(module, name)
 
 
-class FusedForward:
+class Fused:
     """Replaces ``forward`` of the ``torch.nn`` class that follows it in the list of bases."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__native = cls.__mro__[cls.__mro__.index(FusedForward) + 1]
+        cls.__native = cls.__mro__[cls.__mro__.index(Fused) + 1]
         if cls.__module__.startswith("batchnorm_ext."):
             _exact.add(cls)
+            cls.__as_imported = staticmethod(getattr(cls.__native, "forward", None))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _forward_or_leave(self, input: Tensor) -> Tensor:
         native = self.__native.forward
         # someone has replaced torch.nn's forward, or the graph is being exported
-        if native is not _native_forward or (_ops.leaves_process() and _can_leave(self)):
+        if native is not self.__as_imported or (_ops.leaves_process() and self._exports_as_torch()):
             return native(self, input)
         if isinstance(input, fx.Proxy):
             return self.__traced(input)
-        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
-        mean, var, batches = statistics(self)
-        if not _ops.takes(input, mean, var, weight, bias):
-            if batches is None or torch.compiler.is_compiling():
-                return native(self, input)
-            with undone_on_error(batches):
-                return native(self, input)
-        self._check_input_dim(input)
-        counted, batches, momentum = counting(self.momentum, batches, mean, var)
-        # in evaluation without buffers the statistics are those of the batch
-        training = bool(self.training) or (mean is None and var is None)
-        return normalize(
-            input, mean, var, weight, bias, batches, counted, training, momentum, self.eps
-        )
+        return self._fused_forward(input)
+
+    def _torch_forward(self, input: Tensor) -> Tensor:
+        return self.__native.forward(self, input)
+
+    def _exports_as_torch(self) -> bool:
+        """Whether torch.export can take the layer as torch's own."""
+        return True
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def __traced(self, input: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.
@@ -77,14 +78,95 @@ class FusedForward:
             return input.tracer.create_proxy("call_module", path, (input,), {})
         return self.__native.forward(self, input)
 
-    # torch.jit.script compiles the source of this one instead, and errors name it
-    forward.__wrapped__ = _native_forward
-    forward.__qualname__ = _native_forward.__qualname__
+
+def _stands_for(native: Callable) -> Callable[[Callable], Callable]:
+    """torch.jit.script compiles the source of the native function instead, and errors name it."""
+
+    def mark(function: Callable) -> Callable:
+        function.__wrapped__ = native
+        function.__qualname__ = native.__qualname__
+        return function
+
+    return mark
 
 
-def _can_leave(layer: nn.Module) -> bool:
-    """Whether torch.export can take the layer as torch's own: not where it reads its counter."""
-    return not (layer.training and layer.track_running_stats and layer.momentum is None)
+class FusedBatchNorm(Fused):
+    @_stands_for(_BatchNorm.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        mean, var, batches = statistics(self)
+        if not _ops.takes(BATCH_NORM, input, mean, var, weight, bias):
+            if batches is None or torch.compiler.is_compiling():
+                return self._torch_forward(input)
+            with undone_on_error(batches):
+                return self._torch_forward(input)
+        self._check_input_dim(input)
+        counted, batches, momentum = counting(self.momentum, batches, mean, var)
+        # in evaluation without buffers the statistics are those of the batch
+        training = bool(self.training) or (mean is None and var is None)
+        eps = self.eps
+        return normalize(
+            BATCH_NORM, input, mean, var, weight, bias, batches, counted, training, momentum, eps
+        )
+
+    def _exports_as_torch(self) -> bool:
+        """Not where it reads its counter."""
+        return not (self.training and self.track_running_stats and self.momentum is None)
+
+
+class FusedInstanceNorm(Fused):
+    @_stands_for(_InstanceNorm.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        return self._torch_forward(input)  # which checks the input, and calls this:
+
+    @_stands_for(_InstanceNorm._apply_instance_norm)
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return functional.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+        )
+
+
+class FusedGroupNorm(Fused):
+    @_stands_for(nn.GroupNorm.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        return functional.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class FusedLayerNorm(Fused):
+    @_stands_for(nn.LayerNorm.forward)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class FusedRMSNorm(Fused):
+    @_stands_for(nn.RMSNorm.forward)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_or_leave(x)
+
+    def _fused_forward(self, input: Tensor) -> Tensor:
+        weight = own(self, "_parameters", "weight")
+        return functional.rms_norm(input, self.normalized_shape, weight, self.eps)
 
 
 def statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -1,15 +1,18 @@
 """Calls the operators, and torch's own function for what they refuse."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
+from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track, undone_on_error
 
 
 def normalize(
+    native: Native,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -20,31 +23,45 @@ def normalize(
     training: bool,
     momentum: float | None,
     eps: float,
+    groups: int = 0,
 ) -> Tensor:
     """Call the operator for these arguments; what it does not take goes to torch's function.
 
     ``momentum`` may be None with ``num_batches_tracked``: the cumulative average. ``counted`` is a
-    counter that the operator does not take.
+    counter that the operator does not take. With ``groups`` each sample has statistics of its own
+    for each of so many groups of channels.
     """
     if isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
             if not training or (running_mean is None and running_var is None):
                 output, _ = _ops.batch_norm(
-                    input, weight, bias, running_mean, running_var, training, eps
+                    input, weight, bias, running_mean, running_var, training, eps, groups
                 )
                 if counted is not None:
                     counted.add_(1)
                 return output
             if running_mean is not None and running_var is not None:
                 state = (running_mean, running_var, num_batches_tracked, counted)
-                return track(_ops.batch_norm_update, input, weight, bias, *state, momentum, eps)
+                options = (momentum, eps, groups)
+                return track(_ops.batch_norm_update, input, weight, bias, *state, *options)
         except RuntimeError as error:
             if not _ops.is_refusal(error) or torch.compiler.is_compiling():
                 raise
-            _ops.log_once(str(error).partition("\n")[0])
+            _ops.log_once(native.name, str(error).partition("\n")[0])
     batches = (num_batches_tracked, counted)
     tensors = (input, running_mean, running_var, weight, bias)
-    return _by_torch(*tensors, *batches, training, momentum, eps)
+    return _by_torch(native, *tensors, *batches, training, momentum, eps)
+
+
+def call_or_log(native: Native, operator: Callable, *arguments) -> Tensor | None:
+    """The output of an operator that writes nothing, or None if it refuses these arguments."""
+    try:
+        return operator(*arguments)[0]
+    except RuntimeError as error:
+        if not _ops.is_refusal(error) or torch.compiler.is_compiling():
+            raise
+        _ops.log_once(native.name, str(error).partition("\n")[0])
+        return None
 
 
 _NUMBER = (float, int)
@@ -52,15 +69,23 @@ _MOMENTUM = (float, int, type(None))
 
 
 def _by_torch(
-    input, running_mean, running_var, weight, bias, batches, counted, training, momentum, eps
+    native,
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    batches,
+    counted,
+    training,
+    momentum,
+    eps,
 ) -> Tensor:
     if batches is not None and momentum is None:
         momentum = 1 / float(batches + 1)
     may_undo = training and not torch.compiler.is_compiling()
     with undone_on_error(running_mean, running_var) if may_undo else nullcontext():
-        output = _ops.by_torch(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        output = native(input, running_mean, running_var, weight, bias, training, momentum, eps)
     for counter in (batches, counted):
         if counter is not None:
             counter.add_(1)

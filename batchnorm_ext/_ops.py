@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as _functorch_active
 from torch._subclasses import FakeTensor
@@ -21,6 +20,8 @@ from torch.overrides import (
     has_torch_function,
 )
 from torch.utils._device import DeviceContext
+
+from batchnorm_ext._native import Native
 
 logger = logging.getLogger("batchnorm_ext")
 
@@ -103,19 +104,12 @@ _refusal, _instruction_set, _cuda_architectures = _load()
 batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
+layer_norm = torch.ops.batchnorm_ext.layer_norm.default
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _STRIDED = torch.strided
 _PLAIN = (Tensor, nn.Parameter)
 STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
-_native_function, _native_operator = F.batch_norm, torch.batch_norm
-our_function = None  # functional.batch_norm, which a program may put in the place of torch's
-
-
-def by_torch(*arguments) -> Tensor:
-    """``F.batch_norm(*arguments)``, for what the operators do not take."""
-    function = F.batch_norm
-    return (_native_function if function is our_function else function)(*arguments)
 
 
 def leaves_process() -> bool:
@@ -123,42 +117,31 @@ def leaves_process() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-def takes(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> bool:
-    """Whether a call goes to the operators, here and now, and not to torch's own function."""
-    reason = refusal(input, running_mean, running_var, weight, bias)
+def takes(native: Native, *tensors: Tensor | None) -> bool:
+    """Whether a call goes to the operators, here and now, and not to torch's own function.
+
+    ``tensors``: those that the call takes, the input first.
+    """
+    reason = refusal(native, tensors)
     if reason is None:
         return True
     if not torch.compiler.is_compiling():
-        log_once(reason)
+        log_once(native.name, reason)
     return False
 
 
-def refusal(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> str | None:
+def refusal(native: Native, tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why a call does not go to the operators, or None if it does.
 
     What the operators find out by themselves is not asked here: see ``is_refusal``.
     """
-    if (
-        F.batch_norm is not _native_function and F.batch_norm is not our_function
-    ) or torch.batch_norm is not _native_operator:
-        return "batch_norm of torch has been replaced"
+    if native.is_replaced():
+        return f"{native.name} of torch has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode automatic differentiation is active"
-    tensors = (input, running_mean, running_var, weight, bias)
+    input = tensors[0]
     if has_torch_function(tensors) and not torch.compiler.is_compiling():
         if reason := _overriding(*tensors):
             return reason
@@ -168,7 +151,7 @@ def refusal(
         return f"layout {input.layout}"
     if input.dtype not in _DTYPES:
         return f"dtype {input.dtype}"
-    if not (input.is_cpu or _has_kernels_for(input.device)):
+    if not (input.is_cpu or _has_kernels_for(native, input.device)):
         return f"device {input.device}"
     if type(input) not in _PLAIN and _dispatches_in_python(input):
         return f"tensor subclass {type(input).__qualname__}"
@@ -187,7 +170,9 @@ def is_refusal(error: RuntimeError) -> bool:
 _REFUSALS_OF_PYTORCH = (
     "batchnorm_ext::batch_norm() Expected",  # an argument that is no tensor
     "batchnorm_ext::batch_norm_update() Expected",
+    "batchnorm_ext::layer_norm() Expected",
     "Could not run 'batchnorm_ext::batch_norm",  # an argument on another device, or quantized
+    "Could not run 'batchnorm_ext::layer_norm",
 )
 
 
@@ -202,10 +187,12 @@ def _overriding(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def _has_kernels_for(device: torch.device) -> bool:
-    if device.type == "cuda" and _cuda_architectures:
-        return _has_kernels_for_cuda(device.index)
-    return device.type in ("cpu", "meta")
+def _has_kernels_for(native: Native, device: torch.device) -> bool:
+    if device.type not in native.devices:
+        return False
+    if device.type == "cuda":
+        return bool(_cuda_architectures) and _has_kernels_for_cuda(device.index)
+    return True
 
 
 def _has_kernels_for_cuda(index: int) -> bool:
@@ -235,8 +222,8 @@ def _dispatches_in_python(input: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=1000)
-def log_once(reason: str) -> None:
-    logger.debug("using torch's own batch normalization: %s", reason)
+def log_once(name: str, reason: str) -> None:
+    logger.debug("using torch's own %s: %s", name, reason)
 
 
 def show_config() -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops, modules, reference
+from batchnorm_ext._native import BATCH_NORM
 
 _LAYERS = {2: modules.BatchNorm1d, 4: modules.BatchNorm2d, 5: modules.BatchNorm3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -80,7 +81,7 @@ def _results(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     layer.to(case.device)
     x, dy = (t.to(case.device).to(memory_format=case.memory_format) for t in (x, dy))
     statistics = layer.running_mean, layer.running_var
-    if reason := _ops.refusal(x, *statistics, layer.weight, layer.bias):
+    if reason := _ops.refusal(BATCH_NORM, (x, *statistics, layer.weight, layer.bias)):
         raise RuntimeError(f"the kernels do not take it: {reason}")
     y = layer(x.requires_grad_())
     y.backward(dy)

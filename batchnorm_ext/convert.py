@@ -1,7 +1,7 @@
-"""Switching the batch normalization layers of an existing model over to this library, and back."""
+"""Switching the normalization layers of an existing model over to this library, and back."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -19,10 +19,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _OURS = {getattr(nn, name): getattr(modules, name) for name in modules.__all__}
 _NATIVE = {ours: native for native, ours in _OURS.items()}
+_BATCH_NORMS = tuple(native for native in _OURS if issubclass(native, _BatchNorm))
 
 
-def convert(module: Module) -> Module:
-    """Make every ``nn.BatchNorm1d/2d/3d`` in ``module`` run on the fused kernels.
+def convert(module: Module, norms: Iterable[type[nn.Module]] | None = None) -> Module:
+    """Make the normalization layers in ``module`` run on the fused kernels.
 
     ``module`` itself and the lazy forms are included. In place and lossless: only the class of each
     layer changes. The module objects, their parameters and buffers (shared ones stay shared),
@@ -32,22 +33,31 @@ def convert(module: Module) -> Module:
 
     Args:
         module: any module; converting twice is harmless.
+        norms: the classes of ``torch.nn`` to convert, as ``(nn.BatchNorm2d, nn.GroupNorm)``.
+            Default: all that this library has a layer for.
 
     Returns:
         ``module``.
 
+    Raises:
+        ValueError: a class in ``norms`` that this library has no layer for.
+
     Warns:
-        UserWarning: names the subclasses of batch normalization that were not converted.
+        UserWarning: names the subclasses of these classes that were not converted.
 
     Example::
 
         >>> model = batchnorm_ext.convert(torchvision.models.resnet50())
     """
+    chosen = tuple(_OURS) if norms is None else tuple(norms)
+    if unknown := [kind for kind in chosen if kind not in _OURS]:
+        known = ", ".join(native.__name__ for native in _OURS)
+        raise ValueError(f"expected norms to be classes of torch.nn among {known}, got {unknown}")
     return _swap(
         module,
         "converted",
-        lambda layer, kind, name: _OURS.get(kind),
-        lambda layer: isinstance(layer, tuple(_OURS)) and not _is_ours(layer),
+        lambda layer, kind, name: _OURS[kind] if kind in chosen else None,
+        lambda layer: isinstance(layer, chosen) and not _is_ours(layer),
     )
 
 
@@ -77,7 +87,8 @@ def convert_sync_batchnorm(
         >>> model = torch.nn.parallel.DistributedDataParallel(model)
     """
 
-    converted = (*_OURS, *_NATIVE, nn.SyncBatchNorm)
+    ours = tuple(_OURS[native] for native in _BATCH_NORMS)
+    converted = (*_BATCH_NORMS, *ours, nn.SyncBatchNorm)
 
     def become_sync(layer: nn.Module, kind: type, name: str) -> type | None:
         if kind is SyncBatchNorm and process_group is not None:
@@ -92,7 +103,10 @@ def convert_sync_batchnorm(
         return SyncBatchNorm
 
     return _swap(
-        module, "converted", become_sync, lambda layer: not isinstance(layer, SyncBatchNorm)
+        module,
+        "converted",
+        become_sync,
+        lambda layer: isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm),
     )
 
 
@@ -155,7 +169,7 @@ def _swap(
     skipped = []
     for name, layer in module.named_modules():
         kind = type(layer)
-        if not isinstance(layer, _BatchNorm):
+        if not isinstance(layer, (*_OURS, _BatchNorm)):
             continue
         if new := become(layer, kind, name):
             layer.__class__ = new

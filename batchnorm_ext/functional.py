@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._normalize import normalize
+from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from batchnorm_ext._normalize import call_or_log, normalize
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def batch_norm(
@@ -64,15 +65,278 @@ def batch_norm(
         if (
             momentum is not None
             and not _ops.leaves_process()
-            and _ops.takes(input, running_mean, running_var, weight, bias)
+            and _ops.takes(BATCH_NORM, input, running_mean, running_var, weight, bias)
         ):
+            # one by one: to collect and spread arguments costs as much as a small layer gains
             return normalize(
-                input, running_mean, running_var, weight, bias, None, None, training, momentum, eps
+                BATCH_NORM,
+                input,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                None,
+                None,
+                training,
+                momentum,
+                eps,
             )
-        return _ops.by_torch(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        tensors = (input, running_mean, running_var, weight, bias)
+        return BATCH_NORM(*tensors, training, momentum, eps)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-_ops.our_function = batch_norm
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Instance normalization, as :func:`torch.nn.functional.instance_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance per sample and channel, over the spatial dimensions. Source:
+    Ulyanov, Vedaldi & Lempitsky, *Instance Normalization: The Missing Ingredient for Fast
+    Stylization*, 2016, equation 2.
+
+    Args:
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
+        running_mean, running_var: ``(C,)``, or both None. With ``use_input_stats`` they move to the
+            average of the statistics over the samples by ``momentum``, the variance to the unbiased
+            one.
+        weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of
+            input's dtype.
+        use_input_stats: use the statistics of the input; otherwise the running ones.
+        momentum: share of the input in the new running statistics.
+        eps: added to the variance.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: one element per sample and channel with ``use_input_stats``.
+        RuntimeError: sizes, dtypes or devices that do not fit together; no running statistics
+            without ``use_input_stats``.
+
+        These are PyTorch's errors. No tensor is changed.
+
+    Example::
+
+        >>> x = torch.randn(8, 16, 32, 32)
+        >>> y = batchnorm_ext.functional.instance_norm(x)
+        >>> y.mean((2, 3)).abs().max() < 1e-6
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if (
+            momentum is not None
+            and not _ops.leaves_process()
+            and _ops.takes(INSTANCE_NORM, input, running_mean, running_var, weight, bias)
+            and input.dim() > 2
+        ):
+            groups = input.size(1) if use_input_stats else 0
+            tensors = (input, running_mean, running_var, weight, bias, None, None)
+            return normalize(INSTANCE_NORM, *tensors, bool(use_input_stats), momentum, eps, groups)
+        tensors = (input, running_mean, running_var, weight, bias)
+        return INSTANCE_NORM(*tensors, use_input_stats, momentum, eps)
+    return F.instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Group normalization, as :func:`torch.nn.functional.group_norm`.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance per sample and group of adjacent channels. Source: Wu & He,
+    *Group Normalization*, 2018, equations 1, 2 and 7.
+
+    Args:
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
+        num_groups: number of groups, which divides C.
+        weight, bias: gamma and beta, ``(C,)``, float32 or of input's dtype.
+        eps: added to the variance.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: one element per statistic.
+        RuntimeError: sizes, dtypes or devices that do not fit together.
+
+        These are PyTorch's errors.
+
+    Example::
+
+        >>> x = torch.randn(8, 16, 32, 32)
+        >>> y = batchnorm_ext.functional.group_norm(x, 4)
+        >>> y.reshape(8, 4, -1).mean(-1).abs().max() < 1e-6
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if (
+            isinstance(num_groups, int)
+            and not isinstance(num_groups, bool)
+            and num_groups > 0
+            and not _ops.leaves_process()
+            and _ops.takes(GROUP_NORM, input, weight, bias)
+        ):
+            arguments = (input, weight, bias, None, None, True, eps, num_groups)
+            output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
+            if output is not None:
+                return output
+        return GROUP_NORM(input, num_groups, weight, bias, eps)
+    return F.group_norm(input, num_groups, weight, bias, eps)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    channel_dim: int | None = None,
+) -> Tensor:
+    r"""Layer normalization, as :func:`torch.nn.functional.layer_norm`, or over the channels.
+
+    .. math:: y = \frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma + \beta
+
+    with mean and (biased) variance over the last dimensions, or, with ``channel_dim``, over the
+    channels of each position, as in ConvNeXt. Source: Ba, Kiros & Hinton, *Layer Normalization*,
+    2016, equation 3; Liu et al., *A ConvNet for the 2020s*, 2022.
+
+    Args:
+        input: ``(*, *normalized_shape)`` or, with ``channel_dim``, ``(N, C, *)``, in float32,
+            float64, bfloat16 or float16. Any other input is handed to PyTorch's function.
+        normalized_shape: sizes of the last dimensions, or ``(C,)``.
+        weight, bias: gamma and beta of that shape, float32 or of input's dtype.
+        eps: added to the variance.
+        channel_dim: None or 1.
+
+    Returns:
+        Tensor of the shape and dtype of ``input``: contiguous, or with ``channel_dim`` in the
+        memory format of ``input``.
+
+    Raises:
+        ValueError: another ``channel_dim``.
+        RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
+
+    Example::
+
+        >>> x = torch.randn(8, 100, 512)
+        >>> y = batchnorm_ext.functional.layer_norm(x, (512,))
+        >>> y.mean(-1).abs().max() < 1e-6
+        tensor(True)
+    """
+    if channel_dim is not None:
+        return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
+    if not torch.jit.is_scripting():
+        if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
+            arguments = (input, normalized_shape, weight, bias, True, eps)
+            output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
+            if output is not None:
+                return output
+        return LAYER_NORM(input, normalized_shape, weight, bias, eps)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _layer_norm_of_channels(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    if channel_dim != 1:
+        raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
+    if not torch.jit.is_scripting():
+        if (
+            not _ops.leaves_process()
+            and _ops.takes(LAYER_NORM, input, weight, bias)
+            and input.dim() > 2
+            and input.shape[1:2] == tuple(normalized_shape)
+        ):
+            x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
+            arguments = (x, weight, bias, None, None, True, eps, x.size(1), True, 2)
+            output = call_or_log(LAYER_NORM, _ops.batch_norm, *arguments)
+            if output is not None:
+                return output.transpose(1, 2).reshape(input.shape)
+        rows = input.movedim(1, -1)
+        return LAYER_NORM(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
+    rows = input.movedim(1, -1)
+    return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
+
+
+# PyTorch's versions differ: of a half precision the default is its own or that of float32.
+_HALF_HAS_ITS_OWN = F.rms_norm(torch.full((1,), 1e-3, dtype=torch.bfloat16), (1,)).item() < 0.5
+
+
+def default_rms_eps(dtype: torch.dtype) -> float:
+    """What ``torch.nn.functional.rms_norm`` adds to the mean square if ``eps`` is None."""
+    if dtype.itemsize < 4 and not _HALF_HAS_ITS_OWN:
+        dtype = torch.float32
+    return torch.finfo(dtype).eps
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    r"""Root mean square normalization, as :func:`torch.nn.functional.rms_norm`.
+
+    .. math:: y = \frac{x}{\sqrt{\mathrm{E}[x^2] + \epsilon}} * \gamma
+
+    with the mean over the last dimensions. Source: Zhang & Sennrich, *Root Mean Square Layer
+    Normalization*, 2019, equation 4.
+
+    Args:
+        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
+            is handed to PyTorch's function.
+        normalized_shape: sizes of the last dimensions.
+        weight: gamma of that shape, float32 or of input's dtype.
+        eps: added to the mean square. Default: the machine epsilon of the dtype that the statistics
+            are computed in.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``input``.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
+
+    Example::
+
+        >>> x = torch.randn(8, 100, 512)
+        >>> y = batchnorm_ext.functional.rms_norm(x, (512,))
+        >>> (y.square().mean(-1) - 1).abs().max() < 1e-5
+        tensor(True)
+    """
+    if not torch.jit.is_scripting():
+        if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
+            least = default_rms_eps(input.dtype) if eps is None else eps
+            arguments = (input, normalized_shape, weight, None, False, least)
+            output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)
+            if output is not None:
+                return output
+        return RMS_NORM(input, normalized_shape, weight, eps)
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
+BATCH_NORM.ours, INSTANCE_NORM.ours, GROUP_NORM.ours = batch_norm, instance_norm, group_norm
+LAYER_NORM.ours, RMS_NORM.ours = layer_norm, rms_norm

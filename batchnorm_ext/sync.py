@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops, sync_debug
-from batchnorm_ext._layer import FusedForward, counting, own, statistics
+from batchnorm_ext._layer import FusedBatchNorm, counting, own, statistics
+from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._tracking import track
 
 __all__ = ["SyncBatchNorm"]
@@ -21,7 +22,7 @@ _native_forward = _Native.forward
 _DEBUG = os.environ.get("BATCHNORM_EXT_SYNC_DEBUG") == "1"
 
 
-class SyncBatchNorm(FusedForward, _BatchNorm):
+class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
     r"""Batch normalization with the statistics of the batches of all ranks, as in
     :class:`torch.nn.SyncBatchNorm`, on CPU and GPU.
 
@@ -105,7 +106,7 @@ class SyncBatchNorm(FusedForward, _BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor) -> Tensor:
-        if _Native.forward is not _native_forward:  # replaced, see FusedForward
+        if _Native.forward is not _native_forward:  # replaced, see Fused
             return _Native.forward(self, input)
         if self.training and self.track_running_stats and self.num_batches_tracked is None:
             raise AssertionError("num_batches_tracked must not be None")
@@ -117,7 +118,7 @@ class SyncBatchNorm(FusedForward, _BatchNorm):
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
-        if reason := _ops.refusal(input, mean, var, weight, bias):
+        if reason := _ops.refusal(BATCH_NORM, (input, mean, var, weight, bias)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
         debug = _DEBUG and not torch.compiler.is_compiling()

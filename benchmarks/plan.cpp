@@ -40,13 +40,13 @@ void answer_all() {
   Request request{};
   Device device;
   std::puts("pattern,policy,pack,ranks,teams,blocks,width,relay,shared_bytes,loaded,stored,rule");
-  while (std::cin >> request.geometry.outer >> request.geometry.stats >> request.geometry.inner >>
+  while (std::cin >> request.geometry.outer >> request.geometry.channels >> request.geometry.inner >>
          request.element_bytes >> request.inputs >> request.coefficients >> request.aligned >> request.reduces >>
          request.maps >> device.architecture >> device.sms >> device.shared_per_sm >> device.shared_per_block >>
          device.l2 >> device.cooperative) {
     const Plan plan = Planner(request, device, override).plan();
     const Shape& s = plan.first.shape;
-    const int64_t all_channels = plan.pattern == Pattern::kRow ? s.geometry.stats * plan.pack : s.stride;
+    const int64_t all_channels = plan.pattern == Pattern::kRow ? s.geometry.channels * plan.pack : s.stride;
     const Taken first = taken(plan, plan.first);
     int64_t loaded = first.all, stored = request.maps ? first.all : 0;
     if (plan.policy == Policy::kSplit) {

@@ -119,6 +119,18 @@ def sync_table(rows: pd.DataFrame) -> str:
     return table(lines, header)
 
 
+def family_table(rows: pd.DataFrame) -> str:
+    """Each norm, dtype and layout: geometric means over its shapes, and the least."""
+    lines = []
+    for (norm, kind), group in rows.groupby(["norm", "kind"], sort=False):
+        value, where = musts.worst(group, "x")
+        compiled = mean(group.compiled / group.ours) if "compiled" in group else float("nan")
+        means = mean(group.x), compiled, mean(group.over_floor)
+        lines.append([f"{norm}, {kind}", *means, f"{value:.2f} at {where.split()[0]}"])
+    header = ["forward and backward", "x native", "x compiled native", "time / floor"]
+    return table(lines, [*header, "least x native"])
+
+
 def must_table(verdicts: list[list[str]]) -> str:
     return table([line for line in verdicts if "not measured" not in line], musts.HEADER)
 
@@ -177,6 +189,7 @@ def blocks(directory: Path) -> dict[str, str]:
     tables = {"settings": settings_table, "sync": sync_table}
     for allocator in ALLOCATORS:
         tables |= {f"layers-{allocator}": layer_table, f"shapes-{allocator}": shapes_table}
+        tables[f"family-{allocator}"] = family_table
         files[f"shapes-{allocator}"] = files.get(f"layers-{allocator}")
     found |= {
         name: make(files[name]) for name, make in tables.items() if files.get(name) is not None

@@ -48,7 +48,8 @@ def derive(rows: pd.DataFrame) -> pd.DataFrame:
 
 def median_run(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each case the run with the median speed-up, whose times were taken side by side."""
-    ratios = (rows.native / rows.ours).groupby([rows[column] for column in CASE], sort=False)
+    keys = [rows[column] for column in (*CASE, "norm") if column in rows]
+    ratios = (rows.native / rows.ours).groupby(keys, sort=False)
     return rows[ratios.rank(method="first") == (ratios.transform("size") + 1) // 2]
 
 

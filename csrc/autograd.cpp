@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "gradient.h"
@@ -40,13 +41,15 @@ struct Saved {
   Tensor stats, count;
   bool training;
   std::optional<at::ScalarType> bias_dtype;
+  Domain domain = {};
+  std::vector<int64_t> normalized_shape = {};  // not empty: x is taken as rows of so many elements
 };
 
 Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   const auto average = [&](const variable_list& values) {
     variable_list averages;
     if (ranks.alone()) {
-      for (const Tensor& v : values) averages.push_back(v.mean(reduced_dims(v), /*keepdim=*/true));
+      for (const Tensor& v : values) averages.push_back(average_of(v, saved.domain.groups));
       return averages;
     }
     for (const Tensor& v : values) averages.push_back(v.sum(reduced_dims(v), /*keepdim=*/false, at::kDouble));
@@ -56,14 +59,14 @@ Gradients gradients_by_operators(const Tensor& dy, const Saved& saved, const Ran
     return averages;
   };
   return differentiable_gradients(dy, saved.x, saved.weight, saved.stats, saved.training, saved.bias_dtype, mask,
-                                  average);
+                                  saved.domain, average);
 }
 
 // By the kernels. Over ranks, the gradients of the parameters stay those of this rank, and are made while the message
 // is on its way.
 Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
-  const auto& [x, weight, stats, count, training, bias_dtype] = saved;
-  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype);
+  const auto& [x, weight, stats, count, training, bias_dtype, domain, shape] = saved;
+  if (ranks.alone()) return call_backward(dy, x, weight, stats, training, mask, bias_dtype, domain);
   const Tensor sums = call_grad_moments(dy, x, stats);
   Tensor pending, dx;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
@@ -75,7 +78,25 @@ Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+int64_t numel_of(at::IntArrayRef shape) { return c10::multiply_integers(shape); }
+
+Tensor as_rows(const Tensor& x, at::IntArrayRef normalized_shape) {
+  return x.reshape_symint({-1, numel_of(normalized_shape)});
+}
+
+OptionalTensor as_row(const OptionalTensor& parameter) {
+  return !parameter || parameter->dim() == 1 ? parameter : OptionalTensor(parameter->reshape({-1}));
+}
+
 Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
+  if (!saved.normalized_shape.empty()) {
+    const at::IntArrayRef shape = saved.normalized_shape;
+    const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats, saved.count,
+                     saved.training,          saved.bias_dtype,     saved.domain};
+    auto [dx, dweight, dbias] = gradients(as_rows(dy, shape), rows, ranks, mask);
+    return {mask[0] ? dx.view_symint(saved.x.sym_sizes()) : dx, mask[1] ? dweight.view(shape) : dweight,
+            mask[2] ? dbias.view(shape) : dbias};
+  }
   if (is_differentiated(dy, saved.x, saved.weight)) return gradients_by_operators(dy, saved, ranks, mask);
   at::AutoDispatchBelowADInplaceOrView guard;
   return gradients_by_kernels(dy, saved, ranks, mask);
@@ -85,9 +106,27 @@ struct Outputs {
   Tensor y, stats, count;
 };
 
-Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
+const Ranks kAlone;
+
+// The arguments of a forward.
+struct Call {
+  const Operands& operands;
+  const Spec& spec;
+  const Ranks& ranks = kAlone;
+  at::IntArrayRef normalized_shape = {};  // see Saved
+};
+
+Outputs forward(const Call& call) {
+  const auto& [o, s, ranks, shape] = call;
   at::AutoDispatchBelowADInplaceOrView guard;
   Outputs outputs;
+  if (!shape.empty()) {
+    const Tensor rows = as_rows(o.x, shape);
+    const OptionalTensor weight = as_row(o.weight), bias = as_row(o.bias);
+    outputs = forward({{rows, weight, bias, kNone, kNone, kNone, kNone}, s});
+    outputs.y = outputs.y.view_symint(o.x.sym_sizes());
+    return outputs;
+  }
   if (ranks.alone()) {
     std::tie(outputs.y, outputs.stats) = call_forward(o, s);
     return outputs;
@@ -102,12 +141,6 @@ Outputs forward(const Operands& o, const Spec& s, const Ranks& ranks) {
   return outputs;
 }
 
-struct Call {
-  const Operands& operands;
-  const Spec& spec;
-  const Ranks& ranks;
-};
-
 // Its inputs are what has a gradient; the rest comes in `call`, which autograd does not look at.
 struct Norm : torch::autograd::Function<Norm> {
   static constexpr bool is_traceable = true;
@@ -116,10 +149,15 @@ struct Norm : torch::autograd::Function<Norm> {
   // adds time to every call.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
                         const Call& call, Tensor* stats) {
-    auto [y, statistics, count] = batchnorm_ext::forward(call.operands, call.spec, call.ranks);
-    const auto& [operands, spec, ranks] = call;
+    auto [y, statistics, count] = batchnorm_ext::forward(call);
+    const auto& [operands, spec, ranks, shape] = call;
     ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
     ctx->saved_data["training"] = spec.training;
+    const auto& [groups, centred, parameter_dim] = spec.domain;
+    if (groups > 0 || !centred) {
+      ctx->saved_data["domain"] = std::vector<int64_t>{groups, centred, parameter_dim};
+      ctx->saved_data["shape"] = shape.vec();
+    }
     if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
     if (operands.bias) ctx->saved_data["bias"] = bias.scalar_type();
     ctx->set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
@@ -161,12 +199,20 @@ struct Norm : torch::autograd::Function<Norm> {
       return !tensor.defined() || tensor.scalar_type() == to ? tensor : tensor.to(to);
     };
     const variable_list saved = ctx->get_saved_variables();
+    const auto ints = [&](const char* name) {
+      const auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? std::vector<int64_t>() : found->second.toIntVector();
+    };
+    const auto domain = ints("domain");
+    const bool usual = domain.empty();
     return {in(saved[0], dy.scalar_type()),
             optional(in(saved[1], dtype("weight").value_or(at::kFloat))),
             in(saved[2], at::kDouble),
             in(saved[3], at::kDouble),
             ctx->saved_data["training"].toBool(),
-            dtype("bias")};
+            dtype("bias"),
+            usual ? Domain() : Domain{domain[0], domain[1] != 0, domain[2]},
+            ints("shape")};
   }
 };
 
@@ -178,35 +224,37 @@ void check_saved(const Operands& o) {
   });
 }
 
-Normalized differentiable(const Operands& o, const Spec& s, const Ranks& ranks) {
+Normalized differentiable(const Call& call) {
+  const Operands& o = call.operands;
   if (is_differentiated(o.x, o.weight, o.bias)) {
     check_saved(o);
     Tensor stats;
     // Autograd wants a tensor in its place. Not made through the dispatcher, where a mode could make it a fake one.
     static const Tensor absent(at::detail::empty_cpu({0}, at::TensorOptions()));
-    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), Call{o, s, ranks}, &stats);
+    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), call, &stats);
     return {std::move(y), std::move(stats)};
   }
-  auto [y, stats, count] = forward(o, s, ranks);
+  auto [y, stats, count] = forward(call);
   return {std::move(y), std::move(stats)};
 }
 
 // The version of the counter is raised, as by the in-place addition of torch.nn. A tensor of inference mode has none:
 // outside of that mode this raises, before anything is written.
 Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
-  if (!s.update || !o.num_batches_tracked) return differentiable(o, s, ranks);
+  if (!s.update || !o.num_batches_tracked) return differentiable({o, s, ranks});
   at::TensorImpl* const counter = o.num_batches_tracked->unsafeGetTensorImpl();
   if (counter->is_inference()) counter->bump_version();
-  Normalized result = differentiable(o, s, ranks);
+  Normalized result = differentiable({o, s, ranks});
   if (!counter->is_inference()) counter->bump_version();
   return result;
 }
 
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
-Gradients batch_norm_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                              bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
-  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype}, {}, mask);
+Gradients backward_alone(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
+                         bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype,
+                         const Domain& domain) {
+  return gradients(dy, {x, weight, stats, Tensor(), training, bias_dtype, domain}, {}, mask);
 }
 
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -221,13 +269,25 @@ Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const 
   });
 }
 
+Normalized layer_norm(const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+                      const OptionalTensor& bias, bool centred, double eps) {
+  check_rows(x, normalized_shape, weight, bias);
+  return differentiable({{x, weight, bias, kNone, kNone, kNone, kNone},
+                         {true, eps, false, std::nullopt, {1, centred}},
+                         kAlone,
+                         normalized_shape});
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
   register_forward<normalize_alone>(m);
-  m.impl("batch_norm_backward", batch_norm_backward);
+  register_backward<backward_alone>(m);
 }
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) { m.impl("sync_batch_norm", sync_batch_norm); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
+  m.impl("sync_batch_norm", sync_batch_norm);
+  m.impl("layer_norm", layer_norm);
+}
 
 }  // namespace batchnorm_ext

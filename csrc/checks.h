@@ -45,13 +45,13 @@ inline void check_input(const at::Tensor& x) {
                               "': expected input to be of dtype float32, float64, bfloat16 or float16");
 }
 
-// A tensor with one value per channel.
-inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor, const char* name) {
+// A tensor with one value for each index of a dimension, usually the channel.
+inline void check_per_channel(const at::Tensor& x, const OptionalTensor& tensor, const char* name, int64_t dim = 1) {
   if (!tensor) return;
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->device() == x.device(), "Tensor on device ", tensor->device(),
                               " is not on the expected device ", x.device(), "! This is ", name);
-  TORCH_CHECK_NOT_IMPLEMENTED(holds(tensor->sym_numel().sym_eq(x.sym_size(1))), name, " should contain ", x.sym_size(1),
-                              " elements not ", tensor->sym_numel());
+  TORCH_CHECK_NOT_IMPLEMENTED(holds(tensor->sym_numel().sym_eq(x.sym_size(dim))), name, " should contain ",
+                              x.sym_size(dim), " elements not ", tensor->sym_numel());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->dim() == 1, "batch_norm: expected ", name, " to be 1-dimensional, got size ",
                               tensor->sym_sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(tensor->scalar_type() == at::kFloat || tensor->scalar_type() == x.scalar_type(),
@@ -67,6 +67,27 @@ inline void check_counter(const at::Tensor& x, const at::Tensor& counter) {
                               "batch_norm: expected num_batches_tracked to be one int64, got ", counter.sym_numel());
 }
 
+inline void check_domain(const at::Tensor& x, const Spec& s) {
+  const auto& [groups, centred, parameter_dim] = s.domain;
+  TORCH_CHECK_NOT_IMPLEMENTED(groups >= 0 && (groups == 0 || s.training),
+                              "batch_norm: expected groups to be 0, or positive in training, got ", groups);
+  TORCH_CHECK_NOT_IMPLEMENTED(centred || (s.training && !s.update),
+                              "batch_norm: expected training without running statistics where centred is False");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      parameter_dim == 1 || (parameter_dim == 2 && x.dim() == 3 && !s.update && holds(x.sym_size(1).sym_eq(groups))),
+      "batch_norm: expected parameter_dim to be 1, or 2 for three dimensions and as many groups "
+      "as channels, got ",
+      parameter_dim);
+  if (groups == 0) return;
+  TORCH_CHECK_NOT_IMPLEMENTED(holds((x.sym_size(1) % groups).sym_eq(0)),
+                              "Expected number of channels in input to be divisible by num_groups, but got input of "
+                              "shape ",
+                              x.sym_sizes(), " and num_groups=", groups);
+  TORCH_CHECK_NOT_IMPLEMENTED(holds(x.sym_numel().sym_ne(s.domain.stats(x))),
+                              "batch_norm: expected more than 1 element per statistic, got input of shape ",
+                              x.sym_sizes(), " and ", groups, " groups");
+}
+
 // What every forward takes but for the number of elements.
 inline void check_operands(const Operands& o, const Spec& s) {
   const std::pair<const char*, const OptionalTensor&> statistics[] = {{"running_mean", o.running_mean},
@@ -74,20 +95,43 @@ inline void check_operands(const Operands& o, const Spec& s) {
   refusing([&] {
     check_input(o.x);
     for (const auto& [name, statistic] : statistics) check_per_channel(o.x, statistic, name);
-    check_per_channel(o.x, o.weight, "weight");
-    check_per_channel(o.x, o.bias, "bias");
+    const int64_t dim = s.domain.parameter_dim == 2 && o.x.dim() > 2 ? 2 : 1;
+    check_per_channel(o.x, o.weight, "weight", dim);
+    check_per_channel(o.x, o.bias, "bias", dim);
     for (const auto& [name, statistic] : statistics) {
       TORCH_CHECK_NOT_IMPLEMENTED(s.training || statistic, name, " must be defined in evaluation mode");
       TORCH_CHECK_NOT_IMPLEMENTED(!statistic || !statistic->requires_grad(),
                                   "The function 'batch_norm' is not differentiable with respect to argument '", name,
                                   "'. This input cannot have requires_grad True.");
     }
-    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0), "batch_norm eps must be ",
-                                s.training ? "positive during training" : "non-negative", ", but got ", s.eps);
+    TORCH_CHECK_NOT_IMPLEMENTED(s.eps > 0 || (!s.training && s.eps == 0) || s.domain.groups > 0 || !s.domain.centred,
+                                "batch_norm eps must be ", s.training ? "positive during training" : "non-negative",
+                                ", but got ", s.eps);
     TORCH_CHECK_NOT_IMPLEMENTED(
         !s.update || s.momentum || o.num_batches_tracked,
         "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
+    check_domain(o.x, s);
+  });
+}
+
+// Rows of the last dimensions, with parameters of their size.
+inline void check_rows(const at::Tensor& x, at::IntArrayRef shape, const OptionalTensor& weight,
+                       const OptionalTensor& bias) {
+  const auto ends_in = [&](const at::Tensor& tensor) {
+    const int64_t before = tensor.dim() - static_cast<int64_t>(shape.size());
+    if (shape.empty() || before < 0) return false;
+    for (size_t d = 0; d < shape.size(); ++d)
+      if (!holds(tensor.sym_size(before + static_cast<int64_t>(d)).sym_eq(shape[d]))) return false;
+    return true;
+  };
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(ends_in(x), "layer_norm: expected input to end in the sizes ", shape, ", got ",
+                                x.sym_sizes());
+    for (const auto& [name, parameter] : {std::pair{"weight", &weight}, std::pair{"bias", &bias}})
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          !*parameter || ((*parameter)->dim() == static_cast<int64_t>(shape.size()) && ends_in(**parameter)),
+          "layer_norm: expected ", name, " to be of size ", shape, ", got ", (*parameter)->sym_sizes());
   });
 }
 
@@ -107,7 +151,7 @@ inline void check_batch_size(const at::Tensor& x) {
 
 inline void check_forward(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  if (s.training) check_batch_size(o.x);
+  if (s.training && s.domain.groups == 0 && s.domain.centred) check_batch_size(o.x);
 }
 
 // Running statistics must not overlap: one value would overwrite the other.
@@ -150,18 +194,18 @@ inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::S
 }
 
 inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                           const at::Tensor& stats) {
+                           const at::Tensor& stats, const Domain& domain = {}) {
   refusing([&] {
     check_input(x);
-    check_per_channel(x, weight, "weight");
+    check_per_channel(x, weight, "weight", domain.parameter_dim);
   });
   TORCH_CHECK(holds(c10::sym_equals(dy.sym_sizes(), x.sym_sizes())) && dy.scalar_type() == x.scalar_type() &&
                   dy.device() == x.device(),
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
-  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, x.sym_size(1)})) && stats.is_contiguous() &&
+  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, domain.stats(x)})) && stats.is_contiguous() &&
                   stats.scalar_type() == at::kDouble && stats.device() == x.device(),
-              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", x.sym_size(1),
+              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", domain.stats(x),
               "] on ", x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
 }
 

@@ -5,11 +5,7 @@
 #include <cstdint>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define BATCHNORM_EXT_HD __host__ __device__ __forceinline__
-#else
-#define BATCHNORM_EXT_HD inline
-#endif
+#include "host_device.h"
 
 namespace batchnorm_ext {
 

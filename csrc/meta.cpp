@@ -28,11 +28,13 @@ void require(const Check& check) {
   }
 }
 
-Normalized normalized(const Tensor& x) { return {at::empty_like(x), empty_doubles(x, {2, x.sym_size(1)})}; }
+Normalized normalized(const Tensor& x, const Domain& domain = {}) {
+  return {at::empty_like(x), empty_doubles(x, {2, domain.stats(x)})};
+}
 
 Normalized forward(const Operands& o, const Spec& s) {
   require([&] { check_forward(o, s); });
-  return normalized(o.x);
+  return normalized(o.x, s.domain);
 }
 
 Normalized apply(const Operands& o, const Spec& s) {
@@ -42,9 +44,9 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   Mask mask, std::optional<at::ScalarType> bias_dtype) {
-  require([&] { check_backward(dy, x, weight, stats); });
-  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
+                   const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+  require([&] { check_backward(dy, x, weight, stats, domain); });
+  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask, domain.parameter_dim);
   return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};
 }
 
@@ -69,7 +71,7 @@ Tensor grad_apply(const Tensor& dy, const Tensor& x, const OptionalTensor& weigh
 TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
-  m.impl("batch_norm_backward", backward);
+  register_backward<backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

@@ -1,4 +1,9 @@
-// Every operator schema, with what it computes. The sums run over the elements of one channel.
+// Every operator schema, with what it computes. The sums run over the elements of one channel. With groups > 0 they run
+// over those of one sample and one of so many groups of channels, in training only: group normalization, or instance
+// normalization with groups of one channel. Then stats is [2, N * groups], and the running statistics move towards the
+// average over the samples. Without `centred`, in training, the mean counts as 0, and avg(weight * dy) as well:
+// normalization by the root mean square. weight and bias belong to the indices of `parameter_dim`: 1, or 2 for an x of
+// three dimensions with a statistic for each index of the first two, groups = x.size(1).
 #include <torch/library.h>
 
 TORCH_LIBRARY(batchnorm_ext, m) {
@@ -8,7 +13,7 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // An empty batch has no statistics (NaN).
   m.def(
       "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
-      "float eps) -> (Tensor y, Tensor stats)");
+      "float eps, int groups=0, bool centred=True, int parameter_dim=1) -> (Tensor y, Tensor stats)");
 
   // batch_norm in training, which also moves the running statistics:
   //   running_mean <- (1 - f) * running_mean + f * mean
@@ -17,16 +22,23 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // with f = momentum, or 1 / num_batches_tracked if momentum is None. An empty batch moves nothing.
   m.def(
       "batch_norm_update(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor y, Tensor stats)");
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int groups=0) -> (Tensor y, Tensor stats)");
 
   // xhat = (x - mean) * invstd,  dweight = sum(dy * xhat),  dbias = sum(dy)
-  // training:    dx = weight * invstd * (dy - avg(dy) - xhat * avg(dy * xhat))
+  // training:    dx = invstd * (weight * dy - avg(weight * dy) - xhat * avg(weight * dy * xhat))
   // evaluation:  dx = weight * invstd * dy
   // Only what output_mask = [dx, dweight, dbias] asks for is computed; the rest is undefined (None). dweight has the
   // dtype of weight, dbias that of bias; without one, float32, or float64 for a float64 x.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask, "
-      "ScalarType? bias_dtype=None) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "ScalarType? bias_dtype=None, int groups=0, bool centred=True, int parameter_dim=1) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // batch_norm(x.view(-1, numel of normalized_shape), ..., groups=1, centred): each row of the last dimensions has
+  // statistics of its own, and each of its elements a weight and a bias.
+  m.def(
+      "layer_norm(Tensor x, int[] normalized_shape, Tensor? weight, Tensor? bias, bool centred, float eps) "
+      "-> (Tensor y, Tensor stats)");
 
   // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
   // between them. They have no derivatives of their own.

@@ -18,12 +18,22 @@ inline OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+// What a statistic is taken over, and which parameters an element has.
+struct Domain {
+  int64_t groups = 0;         // each sample has statistics for so many groups of channels; 0: one per channel for all
+  bool centred = true;        // otherwise the mean counts as 0
+  int64_t parameter_dim = 1;  // an index of this dimension has a weight and a bias
+
+  c10::SymInt stats(const at::Tensor& x) const { return groups > 0 ? x.sym_size(0) * groups : x.sym_size(1); }
+};
+
 // How to normalize.
 struct Spec {
   bool training;  // with the statistics of the batch, otherwise with the running ones
   double eps;
   bool update = false;                            // the running statistics move towards those of the batch
   std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
+  Domain domain = {};
 };
 
 // What to normalize, and with what. References: a bundle lives as long as the call.
@@ -42,16 +52,32 @@ using Mask = std::array<bool, 3>;                                  // the gradie
 // Implements the operators that reduce and map at once by run(operands, spec).
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_forward(torch::Library& m) {
-  m.impl("batch_norm",
-         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-            const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-            double eps) { return run({x, weight, bias, running_mean, running_var, kNone, kNone}, {training, eps}); });
+  m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                          double eps, int64_t groups, bool centred, int64_t parameter_dim) {
+    return run({x, weight, bias, running_mean, running_var, kNone, kNone},
+               {training, eps, false, std::nullopt, {groups, centred, parameter_dim}});
+  });
   m.impl("batch_norm_update",
          [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
-            std::optional<double> momentum, double eps) {
+            std::optional<double> momentum, double eps, int64_t groups) {
            const OptionalTensor mean = running_mean, var = running_var;
-           return run({x, weight, bias, mean, var, num_batches_tracked, kNone}, {true, eps, true, momentum});
+           return run({x, weight, bias, mean, var, num_batches_tracked, kNone}, {true, eps, true, momentum, {groups}});
+         });
+}
+
+using Backward = Gradients(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                           const at::Tensor& stats, bool training, const Mask& mask,
+                           std::optional<at::ScalarType> bias_dtype, const Domain& domain);
+
+template <Backward* run>
+void register_backward(torch::Library& m) {
+  m.impl("batch_norm_backward",
+         [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight, const at::Tensor& stats,
+            bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred,
+            int64_t parameter_dim) {
+           return run(dy, x, weight, stats, training, mask, bias_dtype, {groups, centred, parameter_dim});
          });
 }
 
@@ -76,10 +102,10 @@ void register_apply(torch::Library& m) {
 // parameter: float64 if x is float64, otherwise float32.
 inline std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
                                                                     std::optional<at::ScalarType> bias_dtype,
-                                                                    const Mask& mask) {
+                                                                    const Mask& mask, int64_t parameter_dim = 1) {
   const auto absent = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto empty = [&](at::ScalarType dtype) {
-    return x.new_empty_symint({x.sym_size(1)}, x.options().dtype(dtype));
+    return x.new_empty_symint({x.sym_size(parameter_dim)}, x.options().dtype(dtype));
   };
   return {mask[1] ? empty(weight ? weight->scalar_type() : absent) : at::Tensor(),
           mask[2] ? empty(bias_dtype.value_or(absent)) : at::Tensor()};
@@ -95,10 +121,11 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   using at::Tensor;
   static const auto batch_norm =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, bool, double)>("batchnorm_ext::batch_norm");
+                               const OptionalTensor&, bool, double, int64_t, bool, int64_t)>(
+          "batchnorm_ext::batch_norm");
   static const auto batch_norm_update =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                               const Tensor&, const OptionalTensor&, std::optional<double>, double)>(
+                               const Tensor&, const OptionalTensor&, std::optional<double>, double, int64_t)>(
           "batchnorm_ext::batch_norm_update");
   static const auto apply =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>(
@@ -113,17 +140,19 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   if (o.sums) return apply.call(o.x, o.weight, o.bias, *o.sums, s.eps);
   if (s.update)
     return batch_norm_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked,
-                                  s.momentum, s.eps);
-  return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps);
+                                  s.momentum, s.eps, s.domain.groups);
+  return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps, s.domain.groups,
+                         s.domain.centred, s.domain.parameter_dim);
 }
 
 inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
                                const at::Tensor& stats, bool training, Mask mask,
-                               std::optional<at::ScalarType> bias_dtype) {
+                               std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
   static const auto op =
       find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
-                              Mask, std::optional<at::ScalarType>)>("batchnorm_ext::batch_norm_backward");
-  return op.call(dy, x, weight, stats, training, mask, bias_dtype);
+                              Mask, std::optional<at::ScalarType>, int64_t, bool, int64_t)>(
+          "batchnorm_ext::batch_norm_backward");
+  return op.call(dy, x, weight, stats, training, mask, bias_dtype, domain.groups, domain.centred, domain.parameter_dim);
 }
 
 inline at::Tensor call_moments(const at::Tensor& x) {

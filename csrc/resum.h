@@ -26,11 +26,6 @@ class Sum {
   double total_ = 0, lost_ = 0;
 };
 
-// The offset of element i of a channel.
-BATCHNORM_EXT_HD int64_t element_of(int64_t channels, int64_t inner, int64_t channel, int64_t i) {
-  return (i / inner * channels + channel) * inner + i % inner;
-}
-
 // The moments of get(0) ... get(n - 1), scaled by `unit` before squaring.
 template <typename Get>
 BATCHNORM_EXT_HD Moments resum_moments(int64_t n, double unit, const Get& get) {

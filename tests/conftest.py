@@ -29,10 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch finds no CUDA device")
     if device.type == "cuda":
-        from batchnorm_ext import _ops
+        from batchnorm_ext import _native, _ops
 
         # Without them the layers would pass their tests on PyTorch's own function.
-        if not _ops.takes(torch.empty(2, 1, device=device)):
+        if not _ops.takes(_native.BATCH_NORM, torch.empty(2, 1, device=device)):
             raise pytest.UsageError(
                 f"--device {device}: batchnorm_ext was built without its kernels"
             )

@@ -60,7 +60,10 @@ def _classes(model):
     return {name: type(m) for name, m in model.named_modules(remove_duplicate=False)}
 
 
-CONVERTED = {f"{p}BatchNorm{d}d" for p in ("", "Lazy") for d in (1, 2, 3)}
+CONVERTED = {
+    "GroupNorm",
+    *(f"{p}{n}Norm{d}d" for p in ("", "Lazy") for n in ("Batch", "Instance") for d in (1, 2, 3)),
+}
 
 
 def test_classes_of_a_tree_and_back():

@@ -1,4 +1,4 @@
-// Column pattern: the elements of a channel are scattered in short runs (NHWC, (N, C), NCHW with a tiny image), so the
+// Column pattern: the elements of a cell are scattered in short runs (NHWC, (N, C), NCHW with a tiny image), so the
 // lanes run along memory, across channels, and each lane reduces downwards. `fold` short memory rows are taken as one
 // wide row where that makes the row a whole number of vectors.
 #pragma once
@@ -26,23 +26,28 @@ class Column {
   static constexpr int64_t kMaxPartials = 65536;  // statistics of all chunks together: 1 MB
 
  public:
-  explicit Column(const Geometry& geometry) : g(geometry) {
-    const int64_t narrow = g.stats * g.inner;
-    while (narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile) fold *= 2;
+  explicit Column(const Geometry& geometry, bool may_fold = true) : g(geometry) {
+    const int64_t narrow = g.channels * g.inner;
+    while (may_fold && narrow * fold < kFoldable && narrow * fold % L != 0 && g.outer >= 2 * fold * kFirstTile)
+      fold *= 2;
     // Too few rows to be cut into chunks leave the threads only blocks.
     const int64_t widest = g.outer > kMinRows ? kColumns : std::clamp(kGrainElements / g.outer, kFoldable, kColumns);
-    stats_per_block = fold > 1 ? g.stats : even_share(g.stats, std::max<int64_t>(1, widest / g.inner));
+    const int64_t stats = g.channels / g.per_stat;  // of a sample
+    const int64_t stat_columns = g.per_stat * g.inner;
+    channels_per_block =
+        fold > 1 ? g.channels : even_share(stats, std::max<int64_t>(1, widest / stat_columns)) * g.per_stat;
+    blocks_per_sample = (g.channels + channels_per_block - 1) / channels_per_block;
     rows = g.outer / fold;
-    const int64_t columns = stats_per_block * g.inner * fold;
-    rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.stats / kMaxPartials}));
+    const int64_t columns = channels_per_block * g.inner * fold;
+    rows_per_chunk = even_share(rows, std::max({kMinRows, kChunk / columns, rows * g.cells() / kMaxPartials}));
     full_chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
   }
 
   const Geometry& geometry() const { return g; }
-  int64_t blocks() const { return (g.stats + stats_per_block - 1) / stats_per_block; }
+  int64_t blocks() const { return g.batch * blocks_per_sample; }
   int64_t chunks() const { return full_chunks + (g.outer % fold != 0); }
-  int64_t first(int64_t block) const { return block * stats_per_block; }
-  int64_t width(int64_t block) const { return std::min(stats_per_block, g.stats - first(block)); }
+  int64_t first(int64_t block) const { return block / blocks_per_sample * g.channels + first_channel(block); }
+  int64_t width(int64_t block) const { return std::min(channels_per_block, g.channels - first_channel(block)); }
 
   double count(int64_t chunk) const {
     const Span s = span(0, chunk);
@@ -75,8 +80,10 @@ class Column {
     sets.results(g.inner, channels, mean, m2);
   }
 
+  // `grad` takes the index of a row of the sample.
+  template <typename Grad = PlainGrad>
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
-                 Scratch& scratch) const {
+                 Scratch& scratch, const Grad& grad = {}) const {
     const Span s = span(block, chunk);
     const int64_t n = padded(s);
     const auto [lanes, spread, sums, dots] =
@@ -93,9 +100,11 @@ class Column {
         const int64_t here = at + j * L, below = here + kFirstTile * stride();
         prefetch(dy + below);
         prefetch(x + below);
-        lanes[j].add(dy + here, x + here, stride(), tile);
+        lanes[j].add(dy + here, x + here, stride(), tile, L, grad.from(first_row(chunk) + r));
       }
-      if (rest) lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest);
+      if (rest)
+        lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest,
+                         grad.from(first_row(chunk) + r));
     }
     for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);
     const int64_t across = width(block) * g.inner;
@@ -110,10 +119,37 @@ class Column {
     }
   }
 
-  // out = op(coefficients of each channel, in...) over one chunk.
+  // out = op(coefficients of each cell, parameters, in...) over one chunk, where the rows of a sample have parameters
+  // of their own. Not folded.
   template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const typename Op::Coefficients& coefficients, Scratch& scratch,
-           T* out, const In*... in) const {
+  void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
+                 int64_t, T* out, const In*... in) const {
+    const Span s = span(block, chunk);
+    int64_t at = s.offset;
+    for (int64_t r = 0; r < s.rows; ++r, at += stride()) {
+      Vec<A> row[Op::kParameters];
+      for (int i = 0; i < Op::kParameters; ++i) row[i] = Vec<A>(parameters[i][first_row(chunk) + r]);
+      const auto f = [&](int64_t j, const auto&... v) {
+        Vec<A> cell[Op::kCoefficients];
+        for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
+        return op(cell, row, v...);
+      };
+      transform<kStream>(out + at, s.columns, f, (in + at)...);
+    }
+    if constexpr (kStream) stream_fence();
+  }
+
+  // f(offset, columns, row of the sample) for each row of a chunk. Not folded.
+  template <typename F>
+  void for_each_row(int64_t block, int64_t chunk, const F& f) const {
+    const Span s = span(block, chunk);
+    for (int64_t r = 0; r < s.rows; ++r) f(s.offset + r * stride(), s.columns, first_row(chunk) + r);
+  }
+
+  // out = op(coefficients of each cell, in...) over one chunk.
+  template <bool kStream, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch, T* out,
+           const In*... in) const {
     const Span s = span(block, chunk);
     const int64_t pitch = spreads(s) ? s.columns + L : 0;  // whole vectors are read from any column on
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
@@ -136,12 +172,16 @@ class Column {
     int64_t offset, rows, columns, folded;
   };
 
-  int64_t stride() const { return fold * g.stats * g.inner; }
+  int64_t stride() const { return fold * g.channels * g.inner; }
+
+  int64_t first_row(int64_t chunk) const { return std::min(chunk * rows_per_chunk, rows); }
+
+  int64_t first_channel(int64_t block) const { return block % blocks_per_sample * channels_per_block; }
 
   Span span(int64_t block, int64_t chunk) const {
-    const int64_t row = std::min(chunk * rows_per_chunk, rows);
+    const int64_t row = first_row(chunk);
     const int64_t folded = chunk < full_chunks ? fold : g.outer % fold;
-    return {row * stride() + first(block) * g.inner, chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
+    return {g.first_of(first(block)) + row * stride(), chunk < full_chunks ? std::min(rows_per_chunk, rows - row) : 1,
             width(block) * g.inner * folded, folded};
   }
 
@@ -160,9 +200,9 @@ class Column {
 
   bool spreads(const Span& s) const { return s.folded > 1 || g.inner > 1; }
 
-  // One value per column of the block, from one per channel.
-  const A* along_columns(const A* per_channel, int64_t block, const Span& s, A* spread) const {
-    const A* source = per_channel + first(block);
+  // One value per column of the block, from one per cell.
+  const A* along_columns(const A* per_cell, int64_t block, const Span& s, A* spread) const {
+    const A* source = per_cell + first(block);
     if (!spreads(s)) return source;
     A* to = spread;
     if (g.inner == 1)
@@ -174,7 +214,7 @@ class Column {
   }
 
   Geometry g;
-  int64_t fold = 1, stats_per_block, rows, rows_per_chunk, full_chunks;
+  int64_t fold = 1, channels_per_block, blocks_per_sample, rows, rows_per_chunk, full_chunks;
 };
 
 }  // namespace batchnorm_ext::cpu

@@ -40,10 +40,8 @@ Tensor moments(const Tensor& input) {
     for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
-    with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      const Schedule schedule(pattern, channels, x.numel());
-      reduce_moments(pattern, schedule, x.const_data_ptr<scalar_t>(), finish, NoMap());
-    });
+    with_pattern<scalar_t>(
+        geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, NoMap()); });
   });
   return sums;
 }
@@ -76,7 +74,7 @@ Normalized apply(const Operands& o, const Spec& s) {
     map_tensor(geometry_of(x), Normalize<A>(), table.view(), y.mutable_data_ptr<scalar_t>(),
                x.const_data_ptr<scalar_t>());
   });
-  if (count > 0) track(o, s, channels, count, mean, var.get());
+  if (count > 0) track(o, s, geometry_of(x), count, mean, var.get());
   return {std::move(y), std::move(stats)};
 }
 
@@ -100,9 +98,8 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
     CoefficientTable<A, 1> centre(channels);
     for (int64_t c = 0; c < channels; ++c) centre.row(0)[c] = static_cast<A>(mean[c]);
     with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      const Schedule schedule(pattern, channels, x.numel());
-      reduce_grads(pattern, schedule, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean,
-                   invstd, finish, NoMap());
+      reduce_grads(pattern, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean, invstd,
+                   finish, NoMap());
     });
   });
   return sums;
@@ -121,7 +118,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
   const double* const sums = grad_sums.const_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_apply", [&] {
     using A = Acc<scalar_t>;
-    CoefficientTable<A, 4> table(channels);
+    CoefficientTable<A, 5> table(channels);
     set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,
                        read_channels(weight, channels, 1).get());
     map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), dx.mutable_data_ptr<scalar_t>(),

@@ -121,7 +121,24 @@ struct LaneMoments {
   }
 };
 
-// sum(dy) and sum(dy * (x - mean)) of each lane.
+// What enters the sums of a gradient: dy, or dy times a weight for each block.
+struct PlainGrad {
+  PlainGrad from(int64_t) const { return {}; }
+  template <typename A>
+  Vec<A> operator()(int64_t, const Vec<A>& dy) const {
+    return dy;
+  }
+};
+
+template <typename A>
+struct WeightedGrad {
+  const A* weight;
+
+  WeightedGrad from(int64_t block) const { return {weight + block}; }
+  Vec<A> operator()(int64_t block, const Vec<A>& dy) const { return Vec<A>(weight[block]) * dy; }
+};
+
+// sum(g) and sum(g * (x - mean)) of each lane, with g = grad(block, dy).
 template <typename A>
 struct LaneGradSums {
   LaneArray<A> mean, s1, s2;
@@ -135,8 +152,8 @@ struct LaneGradSums {
     restart();
   }
 
-  template <typename T>
-  void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
+  template <typename T, typename Grad = PlainGrad>
+  void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>, Grad grad = {}) {
     while (blocks > 0) {
       if (n == kTile) {
         finish(sum, dot);
@@ -154,8 +171,9 @@ struct LaneGradSums {
         for (int64_t i = 0; i < tile; ++i) {
           const Block<A, V> g = load(dy + i * stride), v = load(x + i * stride);
           for (int q = 0; q < V; ++q) {
-            sums[q] = sums[q] + g.v[q];
-            dots[q] = at::vec::fmadd(g.v[q], v.v[q] - centre[q], dots[q]);
+            const Vec<A> entering = grad(i, g.v[q]);
+            sums[q] = sums[q] + entering;
+            dots[q] = at::vec::fmadd(entering, v.v[q] - centre[q], dots[q]);
           }
         }
         for (int q = 0; q < V; ++q) {
@@ -165,6 +183,7 @@ struct LaneGradSums {
       });
       dy += tile * stride;
       x += tile * stride;
+      grad = grad.from(tile);
       n += tile;
       blocks -= tile;
     }

@@ -1,4 +1,4 @@
-// What the maps of batch normalization do to an element, and the coefficients of each channel that they need.
+// What the maps of the norms do to an element, and the coefficients of each cell that they need.
 #pragma once
 
 #include <cstdint>
@@ -11,29 +11,26 @@
 
 namespace batchnorm_ext::cpu {
 
-// kCount numbers per channel, each in a row of its own.
+// kCount numbers per cell, each in a row of its own.
 template <typename A, int kCount>
 class CoefficientTable {
  public:
-  using View = const A* [kCount];
-
-  explicit CoefficientTable(int64_t stats) : pitch_(stats + kLanes<A>), values_(new A[kCount * pitch_]) {
+  explicit CoefficientTable(int64_t cells) : pitch_(cells + kLanes<A>), values_(new A[kCount * pitch_]) {
     for (int i = 0; i < kCount; ++i) view_[i] = values_.get() + i * pitch_;
   }
   A* row(int i) { return values_.get() + i * pitch_; }
-  const View& view() const { return view_; }
+  const A* const* view() const { return view_; }
 
  private:
-  int64_t pitch_;  // padded: whole vectors are read from any channel on
+  int64_t pitch_;  // padded: whole vectors are read from any cell on
   std::unique_ptr<A[]> values_;
-  View view_;
+  const A* view_[kCount];
 };
 
 // y = (x - centre) * scale + shift
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
-  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
   Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
 };
 
@@ -41,9 +38,17 @@ struct Normalize {
 template <typename A>
 struct NormalizeGrad {
   static constexpr int kCoefficients = 4;
-  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
   Vec<A> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
     return c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]));
+  }
+};
+
+// dx = scale * (weight * dy - (x - centre) * slope - offset), where a statistic covers channels of different weights
+template <typename A>
+struct GroupGrad {
+  static constexpr int kCoefficients = 5;
+  Vec<A> operator()(const Vec<A> (&c)[5], const Vec<A>& dy, const Vec<A>& x) const {
+    return c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]));
   }
 };
 
@@ -51,13 +56,12 @@ struct NormalizeGrad {
 template <typename A>
 struct Scale {
   static constexpr int kCoefficients = 1;
-  using Coefficients = typename CoefficientTable<A, kCoefficients>::View;
   Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
 };
 
-// Sets the coefficients of channels [first, first + width). `count`: number of elements that mean and invstd were
+// Sets the coefficients of cells [first, first + width). `count`: number of elements that mean and invstd were
 // computed from, if the elements to be mapped are among them; otherwise infinity. The rows are separate, so that the
-// compiler can vectorize over channels.
+// compiler can vectorize over cells.
 template <typename A>
 void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
                    const double* invstd, const double* weight, const double* bias,
@@ -78,9 +82,9 @@ void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, 
   });
 }
 
-// The same for NormalizeGrad. The sums begin at the first channel.
+// The same for NormalizeGrad. The sums begin at the first cell.
 template <typename A>
-void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t width, const double* dbias,
+void set_normalize_grad(CoefficientTable<A, 5>& table, int64_t first, int64_t width, const double* dbias,
                         const double* dweight, double count, const double* mean, const double* invstd,
                         const double* weight) {
   A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2),
@@ -101,6 +105,30 @@ void set_normalize_grad(CoefficientTable<A, 4>& table, int64_t first, int64_t wi
     const int64_t c = first + i;
     set(i, centre_of<A>(mean[c], invstd[c], count, slope_of({dbias[i], dweight[i]}, count, invstd[c])));
   });
+}
+
+// The same for GroupGrad: cells [first, first + width) are those of whole statistics of `per_stat` cells each.
+template <typename A>
+void set_group_grad(CoefficientTable<A, 5>& table, int64_t per_stat, int64_t first, int64_t width, const double* dbias,
+                    const double* dweight, double count, const double* mean, const double* invstd,
+                    const double* weight) {
+  for (int64_t begin = 0; begin < width; begin += per_stat) {
+    GradSums sums{0, 0};
+    for (int64_t i = begin; i < begin + per_stat; ++i) {
+      sums.dbias += weight[first + i] * dbias[i];
+      sums.dweight += weight[first + i] * dweight[i];
+    }
+    const double about = mean[first + begin], inv = invstd[first + begin];
+    const GradAffine<A> affine =
+        make_grad_affine<A>(centre_of<A>(about, inv, count, slope_of(sums, count, inv)), sums, count, about, inv, 1);
+    for (int64_t c = first + begin; c < first + begin + per_stat; ++c) {
+      table.row(0)[c] = affine.centre;
+      table.row(1)[c] = affine.slope;
+      table.row(2)[c] = affine.offset;
+      table.row(3)[c] = affine.scale;
+      table.row(4)[c] = static_cast<A>(weight[c]);
+    }
+  }
 }
 
 }  // namespace batchnorm_ext::cpu

@@ -21,6 +21,16 @@ inline double sum_of(const double* p, int64_t n) {
   return sum_of_lanes(even + odd);
 }
 
+template <typename A, int V>
+double sum_of_vectors(const Vec<A> (&partial)[V]) {
+  constexpr int64_t lanes = V * Vec<A>::size();
+  alignas(64) A values[lanes];
+  for (int q = 0; q < V; ++q) partial[q].store(values + q * Vec<A>::size());
+  double wide[lanes];
+  std::copy_n(values, lanes, wide);
+  return sum_of(wide, lanes);
+}
+
 // Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).
 struct MomentSets {
   double *k, *s1, *s2, *n;

@@ -52,10 +52,9 @@ void with_streaming(const Geometry& geometry, const F& f) {
     f(std::false_type());
 }
 
-// finish(first, width, mean, m2) takes the moments of each channel of x, then map(block, chunk) follows.
+// finish(first, width, mean, m2) takes the moments of each cell of x, then map(block, chunk) follows.
 template <typename T, typename Pattern, typename Finish, typename Map>
-void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x, const Finish& finish,
-                    const Map& map) {
+void reduce_moments(const Pattern& pattern, const T* x, const Finish& finish, const Map& map) {
   const auto reduce = [&](int64_t block, int64_t chunk, double* mean, double* m2, Scratch& scratch) {
     pattern.moments(x, block, chunk, mean, m2, scratch);
   };
@@ -67,14 +66,14 @@ void reduce_moments(const Pattern& pattern, const Schedule& schedule, const T* x
                         const double* m22) {
     for (int64_t c = 0; c < width; ++c) merge_moments(n, n2 / (n + n2), mean[c], m2[c], mean2[c], m22[c]);
   };
-  reduce_then_map(pattern, schedule, reduce, merge, finish_moments, map);
+  reduce_then_map(pattern, Schedule(pattern), reduce, merge, finish_moments, map);
 }
 
-// finish(first, width, dbias, dweight) takes sum(dy) and sum(dy * xhat) of each channel, then map(block, chunk)
-// follows. `centre` is the mean, rounded to the type that the kernels compute in.
+// finish(first, width, dbias, dweight) takes sum(dy) and sum(dy * xhat) of each cell, then map(block, chunk) follows.
+// mean and invstd are those of each cell; `centre` is the mean, rounded to the type that the kernels compute in.
 template <typename T, typename Pattern, typename Finish, typename Map>
-void reduce_grads(const Pattern& pattern, const Schedule& schedule, const T* dy, const T* x, const Acc<T>* centre,
-                  const double* mean, const double* invstd, const Finish& finish, const Map& map) {
+void reduce_grads(const Pattern& pattern, const T* dy, const T* x, const Acc<T>* centre, const double* mean,
+                  const double* invstd, const Finish& finish, const Map& map) {
   const auto reduce = [&](int64_t block, int64_t chunk, double* sum, double* dot, Scratch& scratch) {
     pattern.grad_sums(dy, x, centre, block, chunk, sum, dot, scratch);
   };
@@ -91,17 +90,16 @@ void reduce_grads(const Pattern& pattern, const Schedule& schedule, const T* dy,
     mend_grads<T, Acc<T>>(pattern.geometry(), dy, x, first, width, mean, invstd, sum, dot);
     finish(first, width, sum, dot);
   };
-  reduce_then_map(pattern, schedule, reduce, merge, finish_sums, map);
+  reduce_then_map(pattern, Schedule(pattern), reduce, merge, finish_sums, map);
 }
 
-// out = op(coefficients of each channel, in...) for a whole tensor.
+// out = op(coefficients of each cell, in...) for a whole tensor.
 template <typename T, typename Op, typename... In>
-void map_tensor(const Geometry& geometry, const Op& op, const typename Op::Coefficients& coefficients, T* out,
-                const In*... in) {
+void map_tensor(const Geometry& geometry, const Op& op, const Acc<T>* const* coefficients, T* out, const In*... in) {
   if (geometry.numel() == 0) return;
   with_map_pattern<T>(geometry, [&](const auto& pattern) {
     with_streaming<T>(geometry, [&](auto streaming) {
-      map_all(Schedule(pattern, geometry.stats, geometry.numel()), [&](int64_t block, int64_t chunk, Scratch& scratch) {
+      map_all(Schedule(pattern), [&](int64_t block, int64_t chunk, Scratch& scratch) {
         pattern.template map<streaming.value>(block, chunk, op, coefficients, scratch, out, in...);
       });
     });

@@ -1,4 +1,4 @@
-// Which thread does what, and when. A pattern cuts the tensor into blocks of channels and each block into chunks; the
+// Which thread does what, and when. A pattern cuts the tensor into blocks of cells and each block into chunks; the
 // cuts and the order in which chunks are merged depend on the shape alone, so the number of threads changes nothing in
 // the result, only whether a block is reduced and mapped by one thread while it is in that thread's cache, or chunk by
 // chunk by all of them.
@@ -28,13 +28,16 @@ inline int64_t even_share(int64_t total, int64_t most) {
 constexpr int64_t kGrainElements = 32768;
 
 struct Schedule {
-  int64_t blocks, chunks, stats, grain;  // grain: in chunks
-  bool whole_blocks;                     // a thread takes whole blocks
+  int64_t blocks, chunks, cells, per_stat, grain;  // grain: in chunks
+  bool whole_blocks;                               // a thread takes whole blocks
 
   template <typename Pattern>
-  Schedule(const Pattern& pattern, int64_t stats, int64_t numel)
-      : blocks(pattern.blocks()), chunks(pattern.chunks()), stats(stats) {
-    grain = std::max<int64_t>(1, kGrainElements * blocks * chunks / std::max<int64_t>(1, numel));
+  explicit Schedule(const Pattern& pattern)
+      : blocks(pattern.blocks()),
+        chunks(pattern.chunks()),
+        cells(pattern.geometry().cells()),
+        per_stat(pattern.geometry().per_stat) {
+    grain = std::max<int64_t>(1, kGrainElements * blocks * chunks / std::max<int64_t>(1, pattern.geometry().numel()));
     const int64_t threads = at::get_num_threads();
     const int64_t busiest = (blocks + threads - 1) / threads * threads;  // blocks of the busiest thread, times threads
     whole_blocks = chunks == 1 || threads == 1 || (busiest - blocks) * 4 <= blocks;
@@ -46,14 +49,15 @@ struct NoMap {
   void operator()(int64_t, int64_t, Scratch&) const {}
 };
 
-// reduce(block, chunk, a, b, scratch)  writes two numbers per channel of the block
-// merge(n, n2, width, a, b, a2, b2)    merges into the totals of n elements per channel those of the next n2
-// finish(first, width, a, b)           takes the totals of channels [first, first + width), and may overwrite them
+// reduce(block, chunk, a, b, scratch)  writes two numbers per cell of the block
+// merge(n, n2, width, a, b, a2, b2)    merges into the totals of n elements per cell those of the next n2
+// finish(first, width, a, b)           takes the totals of cells [first, first + width), all those of some statistics,
+//                                      and may overwrite them
 // map(block, chunk, scratch)           may use what finish left
 template <typename Pattern, typename Reduce, typename Merge, typename Finish, typename Map>
 void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Reduce& reduce, const Merge& merge,
                      const Finish& finish, const Map& map) {
-  const auto [blocks, chunks, stats, grain, whole_blocks] = schedule;
+  const auto [blocks, chunks, cells, per_stat, grain, whole_blocks] = schedule;
   if (whole_blocks) {
     at::parallel_for(0, blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
       Scratch scratch;
@@ -74,25 +78,26 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
     });
     return;
   }
-  // Every task is one chunk. Row 2 * chunk of `parts` holds a, the row after it b, one value per channel.
-  std::unique_ptr<double[]> parts(new double[2 * chunks * stats]);
-  const auto part = [&](int64_t chunk, int64_t channel) { return parts.get() + 2 * chunk * stats + channel; };
+  // Every task is one chunk. Row 2 * chunk of `parts` holds a, the row after it b, one value per cell.
+  std::unique_ptr<double[]> parts(new double[2 * chunks * cells]);
+  const auto part = [&](int64_t chunk, int64_t cell) { return parts.get() + 2 * chunk * cells + cell; };
   at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / chunks, chunk = task % chunks;
       double* a = part(chunk, pattern.first(block));
-      reduce(block, chunk, a, a + stats, scratch);
+      reduce(block, chunk, a, a + cells, scratch);
     }
   });
-  at::parallel_for(0, stats, std::max<int64_t>(1, 4096 / chunks), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, cells / per_stat, std::max<int64_t>(1, 4096 / chunks / per_stat), [&](int64_t from, int64_t to) {
+    const int64_t begin = from * per_stat, end = to * per_stat;
     double* a = part(0, begin);
     double n = pattern.count(0);
     for (int64_t chunk = 1; chunk < chunks; n += pattern.count(chunk++)) {
       const double* a2 = part(chunk, begin);
-      merge(n, pattern.count(chunk), end - begin, a, a + stats, a2, a2 + stats);
+      merge(n, pattern.count(chunk), end - begin, a, a + cells, a2, a2 + cells);
     }
-    finish(begin, end - begin, a, a + stats);
+    finish(begin, end - begin, a, a + cells);
   });
   if constexpr (!std::is_same_v<Map, NoMap>)
     at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {

@@ -17,7 +17,7 @@ struct Backward {
 
   const T *dy, *x;
   T* dx;  // none: nothing is mapped
-  int64_t channels, inner;
+  Geometry geometry;
   bool training;
   double count;
   const double* total_count;  // instead of `count`, where it is known on the device only
@@ -32,7 +32,7 @@ struct Backward {
   // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
   __device__ __forceinline__ bool loses(int64_t channel, double2 sum, double n) const {
     if (isfinite(sum.x) && isfinite(sum.y) && !(fabs(sum.y) < n * 1e-30)) return false;
-    const double invstd = stats[channels + channel];
+    const double invstd = stats[geometry.cells() + channel];
     return grads_lost<A>({sum.x, sum.y * invstd}, n, stats[channel], invstd);
   }
   __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
@@ -65,11 +65,11 @@ struct Backward {
 
   template <bool kLeavesSums>
   __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[4]) const {
-    const double mean = stats[c], invstd = stats[channels + c];
+    const double mean = stats[c], invstd = stats[geometry.cells() + c];
     GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
     if constexpr (std::is_same_v<T, double>)
       if (grads_lost<A>(grads, count, mean, invstd)) {  // as in a forward
-        const auto at = [&](int64_t i) { return element_of(channels, inner, c, i); };
+        const auto at = [&](int64_t i) { return geometry.element_of(c, i); };
         grads = resum_grads(
             static_cast<int64_t>(count), mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); },
             [&](int64_t i) { return x[at(i)]; });
@@ -77,20 +77,20 @@ struct Backward {
     if constexpr (kLeavesSums)
       if (leads && sums_out != nullptr) {
         sums_out[c] = grads.dbias;
-        sums_out[channels + c] = grads.dweight;
+        sums_out[geometry.cells() + c] = grads.dweight;
       }
     conclude(c, grads, leads, map);
   }
 
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[4]) const {
-    conclude(c, {sums[c], sums[channels + c]}, leads, map);
+    conclude(c, {sums[c], sums[geometry.cells() + c]}, leads, map);
   }
 
   __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[4]) const {
     if (leads && dweight) dweight.set(c, grads.dweight);
     if (leads && dbias) dbias.set(c, grads.dbias);
     const double n = total_count != nullptr ? *total_count : count;
-    const double mean = stats[c], invstd = stats[channels + c];
+    const double mean = stats[c], invstd = stats[geometry.cells() + c];
     const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));
     const GradAffine<A> affine = make_grad_affine<A>(about, grads, n, mean, invstd, weight.get(c, 1));
     map[0] = affine.centre;
@@ -112,7 +112,7 @@ struct Backward {
   }
   __device__ __forceinline__ bool maps() const { return dx != nullptr; }
 
-  // The two launches of Policy::kSplit; what the first finds the second takes from `between`, [2 * channels].
+  // The two launches of Policy::kSplit; what the first finds the second takes from `between`, [2 * cells].
   Backward reduction(double* between) const {
     Backward op = *this;
     op.dx = nullptr;

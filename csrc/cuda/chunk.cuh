@@ -30,7 +30,7 @@ struct RowChunk {
     const int64_t row = begin < kDivisible ? divide(s.run, static_cast<uint32_t>(begin)) : begin / s.run.divisor;
     packs = static_cast<int>(left < s.chunk ? left : s.chunk);
     start = static_cast<uint32_t>(begin - row * s.run.divisor);
-    base = row * s.stride + group * s.geometry.inner;
+    base = row * s.stride + s.geometry.first_of(group);
     const int thread = threadIdx.x;
     steps = packs > thread ? (packs - thread + kThreads - 1) / kThreads : 0;
   }
@@ -66,13 +66,15 @@ struct ColumnChunk {
   static constexpr bool kRow = false;
   static constexpr int kLanes = kWidth;
 
-  __device__ __forceinline__ ColumnChunk(const Shape& s, int group, int rank) : s(s), first(group * s.width) {
-    const int64_t row = rank * s.chunk, below = s.geometry.outer - row, left = s.geometry.stats - first;
+  __device__ __forceinline__ ColumnChunk(const Shape& s, int group, int rank) : s(s) {
+    const int sample = group / s.groups_per_sample, channel = (group - sample * s.groups_per_sample) * s.width;
+    const int64_t row = rank * s.chunk, below = s.geometry.outer - row, left = s.geometry.channels - channel;
+    first = sample * static_cast<int>(s.geometry.channels) + channel;
     width = static_cast<int>(left < s.width ? left : s.width);
     rows = static_cast<int>(below < s.chunk ? below : s.chunk);
     lane_row = divide(s.columns, threadIdx.x);
     column = threadIdx.x - lane_row * s.columns.divisor;
-    base = row * s.stride + first * s.geometry.inner;
+    base = row * s.stride + s.geometry.first_of(first);
     const int at_once = s.rows_at_once.divisor;
     const bool active = lane_row < at_once && lane_row < rows && column < columns();
     steps = active ? divide(s.rows_at_once, rows - lane_row + at_once - 1) : 0;

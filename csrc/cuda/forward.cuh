@@ -23,7 +23,7 @@ struct Forward {
 
   const T* x;
   T* y;  // none: nothing is mapped
-  int64_t channels, inner;
+  Geometry geometry;
   Source source;
   double count, eps, momentum;
   bool cumulative;  // running statistics are averages over all batches, whatever the momentum
@@ -36,7 +36,7 @@ struct Forward {
 
   // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
   __device__ __forceinline__ double origin(int64_t channel) const {
-    const double first = widen(x[channel * inner]);
+    const double first = widen(x[geometry.first_of(channel)]);
     return isfinite(first) ? first : 0;
   }
 
@@ -89,12 +89,12 @@ struct Forward {
     if constexpr (std::is_same_v<T, double>)
       if (!isfinite(moments.scaled_m2))  // squares that leave the range of fp64, by one thread: they are rare
         moments = resum_moments(static_cast<int64_t>(count), kShrink,
-                                [&](int64_t i) { return x[element_of(channels, inner, c, i)]; });
+                                [&](int64_t i) { return x[geometry.element_of(c, i)]; });
     if (moments.scaled_m2 < 0) moments.scaled_m2 = 0;
     if constexpr (kLeavesSums)
       if (leads && sums_out != nullptr) {
-        write_sums(sums_out, channels, c, count, moments.mean, moments.m2());
-        if (c == 0) write_count(sums_out, channels, count);
+        write_sums(sums_out, geometry.cells(), c, count, moments.mean, moments.m2());
+        if (c == 0) write_count(sums_out, geometry.cells(), count);
       }
     conclude(c, count, moments, leads, map);
   }
@@ -102,8 +102,8 @@ struct Forward {
   // The same from what is known before the launch.
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums)
-      return conclude(c, read_count(sums, channels), read_sums(sums, channels, c), leads, map);
-    if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[channels + c], map);
+      return conclude(c, read_count(sums, geometry.cells()), read_sums(sums, geometry.cells(), c), leads, map);
+    if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[geometry.cells() + c], map);
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
     set(c, INFINITY, mean, invstd, map);
@@ -127,7 +127,7 @@ struct Forward {
 
   __device__ __forceinline__ void write_stats(int64_t c, double mean, double invstd) const {
     stats[c] = mean;
-    stats[channels + c] = invstd;
+    stats[geometry.cells() + c] = invstd;
   }
 
   // n as `count` in centre_of().
@@ -142,7 +142,7 @@ struct Forward {
 
   // The counter that is to be raised once all leaders are done, if any.
   __device__ __forceinline__ int64_t* counter() const {
-    return source == Source::kSums && !(read_count(sums, channels) > 0) ? nullptr : num_batches_tracked;
+    return source == Source::kSums && !(read_count(sums, geometry.cells()) > 0) ? nullptr : num_batches_tracked;
   }
 
   // y = (x - centre) * scale + shift

@@ -1,4 +1,5 @@
 // Tensors in, pointers out: the CUDA side of the ops.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -71,13 +72,38 @@ bool aligned(const Tensors&... tensors) {
 }
 
 // For an empty tensor: one element per channel, so that the work per channel still runs.
-Geometry checked_geometry(const Tensor& x) {
-  const Geometry g = x.numel() > 0 ? geometry_of(x) : Geometry{1, x.size(1), 1};
+Geometry checked_geometry(const Tensor& x, const Domain& domain = {}) {
+  const Geometry g = x.numel() > 0 ? geometry_of(x, domain) : Geometry{1, x.size(1), 1};
   constexpr int64_t most = int64_t{1} << 30;
-  TORCH_CHECK(g.stats <= most && g.inner <= most,
+  TORCH_CHECK(g.cells() <= most && g.inner <= most,
               "batch_norm: on CUDA, input may have at most 2^30 channels and at most 2^30 contiguous elements ",
               "per channel, got size ", x.sizes());
   return g;
+}
+
+// Only what the kernels have groups for: those of one channel.
+void check_groups(const Tensor& x, const Domain& domain) {
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        domain.centred && domain.parameter_dim == 1 && (domain.groups == 0 || domain.groups == x.size(1)),
+        "batch_norm: expected groups of one channel on CUDA, got ", domain.groups);
+  });
+}
+
+// One value for each channel of each sample.
+OptionalTensor per_cell(const OptionalTensor& parameter, const Geometry& g) {
+  return parameter && g.batch > 1 ? OptionalTensor(parameter->repeat({g.batch})) : parameter;
+}
+
+// Moves the running statistics to the average of those of the samples.
+void track_samples(const Operands& o, const Spec& s, const Geometry& g, const Tensor& stats) {
+  const double n = static_cast<double>(g.count());
+  const Tensor cells = stats.view({2, g.batch, g.channels});
+  const auto move = [&](const Tensor& running, const Tensor& to) {
+    running.copy_(running.to(at::kDouble).lerp(to, *s.momentum));
+  };
+  move(*o.running_mean, cells[0].mean(0));
+  move(*o.running_var, (cells[1].pow(-2) - s.eps).mean(0) * (n / (n - 1)));
 }
 
 template <typename Op>
@@ -89,8 +115,7 @@ template <typename T>
 Forward<T> forward(const Tensor& x, const Geometry& geometry) {
   Forward<T> op{};
   op.x = read<T>(x);
-  op.channels = geometry.stats;
-  op.inner = geometry.inner;
+  op.geometry = geometry;
   op.count = static_cast<double>(geometry.count());
   op.centred = true;
   return op;
@@ -100,11 +125,13 @@ Tensor empty_sums(const Tensor& x, int64_t size) { return at::empty({size}, x.op
 
 // What the forwards share: [y, stats] from the batch itself, from running statistics or from sums.
 Normalized normalize(const Operands& o, const Spec& s, Source source) {
-  const Tensor x = dense(o.x);
-  const Geometry geometry = checked_geometry(x);
+  const Tensor x = dense(o.x, s.domain);
+  const Geometry geometry = checked_geometry(x, s.domain);
   Tensor y = at::empty_like(x);
-  Tensor stats = at::empty({2, geometry.stats}, x.options().dtype(at::kDouble));
-  if (geometry.stats == 0) return {std::move(y), std::move(stats)};
+  Tensor stats = at::empty({2, geometry.stats()}, x.options().dtype(at::kDouble));
+  if (geometry.channels == 0) return {std::move(y), std::move(stats)};
+  const bool samples = s.domain.groups > 0;
+  const OptionalTensor weight = per_cell(o.weight, geometry), bias = per_cell(o.bias, geometry);
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     Forward<T> op = forward<T>(x, geometry);
@@ -113,12 +140,12 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
     op.eps = s.eps;
     op.momentum = s.momentum.value_or(0);
     op.cumulative = s.update && !s.momentum;
-    op.weight = read_channels<T>(o.weight);
-    op.bias = read_channels<T>(o.bias);
+    op.weight = read_channels<T>(weight);
+    op.bias = read_channels<T>(bias);
     if (source == Source::kRunning) {
       op.running_mean = read_channels<T>(o.running_mean);
       op.running_var = read_channels<T>(o.running_var);
-    } else if (s.update) {
+    } else if (s.update && !samples) {
       op.running_mean = write_channels<T>(o.running_mean);
       op.running_var = write_channels<T>(o.running_var);
       if (o.num_batches_tracked) op.num_batches_tracked = write<int64_t>(*o.num_batches_tracked);
@@ -127,16 +154,18 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
     op.stats = write<double>(stats);
     launch(op, request<Forward<T>>(geometry, aligned(x, y), source == Source::kBatch, true));
   });
+  if (s.update && samples) track_samples(o, s, geometry, stats);
   return {std::move(y), std::move(stats)};
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
+  check_groups(o.x, s.domain);
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
   if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
     const auto options = o.x.options().dtype(at::kDouble);
-    return {at::empty_like(o.x), at::empty({2, o.x.size(1)}, options).fill_(std::nan(""))};
+    return {at::empty_like(o.x), at::empty_symint({2, s.domain.stats(o.x)}, options).fill_(std::nan(""))};
   }
   return normalize(o, s, s.training ? Source::kBatch : Source::kRunning);
 }
@@ -168,8 +197,8 @@ Tensor moments(const Tensor& input) {
 
 // What all backwards share: the tensors as the kernels take them.
 struct Gradient {
-  Gradient(const Tensor& grad, const Tensor& input)
-      : x(dense(input)), dy(like_layout(grad, x)), geometry(checked_geometry(x)) {}
+  Gradient(const Tensor& grad, const Tensor& input, const Domain& domain = {})
+      : x(dense(input, domain)), dy(like_layout(grad, x)), geometry(checked_geometry(x, domain)) {}
 
   const Tensor x, dy;
   const Geometry geometry;
@@ -179,8 +208,7 @@ struct Gradient {
     Backward<T> op{};
     op.dy = read<T>(dy);
     op.x = read<T>(x);
-    op.channels = geometry.stats;
-    op.inner = geometry.inner;
+    op.geometry = geometry;
     op.training = true;
     op.count = static_cast<double>(geometry.count());
     op.stats = read<double>(stats);
@@ -204,28 +232,38 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 }
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, Mask mask, std::optional<at::ScalarType> bias_dtype) {
-  check_backward(grad, input, weight, stats);
+                   bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+  check_groups(input, domain);
+  check_backward(grad, input, weight, stats, domain);
   const CUDAGuard guard(input.device());
-  const Gradient gradient(grad, input);
+  const Gradient gradient(grad, input, domain);
   const Tensor& x = gradient.x;
   const auto [want_dx, want_dweight, want_dbias] = mask;
   Tensor dx = want_dx ? at::empty_like(x) : Tensor(), dweight, dbias;
   std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask);
+  const Geometry& g = gradient.geometry;
+  const OptionalTensor cell_weight = per_cell(weight, g);
+  const auto of_cells = [&](const Tensor& all) {  // of several samples, each has a part of the gradient
+    const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    return all.defined() && g.batch > 1 ? at::empty({g.cells()}, x.options().dtype(dtype)) : all;
+  };
+  const Tensor cell_dweight = of_cells(dweight), cell_dbias = of_cells(dbias);
   if (x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();
   } else if (want_dweight || want_dbias || (want_dx && training)) {
     with_dtype(x.scalar_type(), [&](auto type) {
       using T = decltype(type);
-      Backward<T> op = gradient.op<T>(weight, stats);
+      Backward<T> op = gradient.op<T>(cell_weight, stats);
       op.training = training;
       if (want_dx) op.dx = write<T>(dx);
-      if (want_dweight) op.dweight = write_channels<T>(dweight);
-      if (want_dbias) op.dbias = write_channels<T>(dbias);
+      if (want_dweight) op.dweight = write_channels<T>(cell_dweight);
+      if (want_dbias) op.dbias = write_channels<T>(cell_dbias);
       const bool packs = want_dx ? aligned(x, gradient.dy, dx) : aligned(x, gradient.dy);
       launch(op, request<Backward<T>>(gradient.geometry, packs, true, want_dx));
     });
+    for (const auto& [all, cells] : {std::pair(dweight, cell_dweight), std::pair(dbias, cell_dbias)})
+      if (all.defined() && !all.is_same(cells)) all.copy_(cells.view({g.batch, g.channels}).sum(0, false, at::kDouble));
   } else if (want_dx) {
     scale(gradient, weight, stats, dx);
   }
@@ -271,7 +309,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
-  m.impl("batch_norm_backward", backward);
+  register_backward<backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

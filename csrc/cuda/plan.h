@@ -50,7 +50,7 @@ struct Plan {
     scratch.counter_bytes = (1 + teams) * kCounterBytes;  // a ticket, and one for each team
     scratch.totals = 2 * teams * s.width * s.ranks * pair;
     scratch.between = scratch.totals + teams * s.width * pair;
-    scratch.bytes = scratch.between + (policy == Policy::kSplit ? s.geometry.stats * pair : 0);
+    scratch.bytes = scratch.between + (policy == Policy::kSplit ? s.geometry.cells() * pair : 0);
     return scratch;
   }
 };

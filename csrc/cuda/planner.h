@@ -97,7 +97,7 @@ class Planner {
   void choose_pattern() {
     const Geometry& g = request_.geometry;
     const int64_t size = request_.element_bytes, full = 16 / size;
-    const bool packs = request_.aligned && g.stats * g.inner % full == 0;
+    const bool packs = request_.aligned && g.channels * g.inner % full == 0;
     plan_.pack = static_cast<int>(packs ? full : 1);
     unit_ = 1;
     while (unit_ * g.inner % plan_.pack != 0) unit_ *= 2;
@@ -109,7 +109,7 @@ class Planner {
       if (unit_ > 1) plan_.pack = 1;
     }
     shape_.geometry = g;
-    shape_.stride = g.stats * g.inner;
+    shape_.stride = g.channels * g.inner;
     set_width(row() ? 1 : override_.width.value_or(ceil_div(segment, g.inner * size)));
   }
 
@@ -121,7 +121,7 @@ class Planner {
     const int64_t before = shape_.width;
     int64_t width = 1;
     if (!row()) {
-      width = std::min(ceil_div(std::min(wanted, kMostWidth), unit_), ceil_div(g.stats, unit_)) * unit_;
+      width = std::min(ceil_div(std::min(wanted, kMostWidth), unit_), ceil_div(g.channels, unit_)) * unit_;
       while (width > unit_ && columns(width) > kThreads) width -= unit_;
     }
     shape_.width = static_cast<int32_t>(width);
@@ -129,7 +129,8 @@ class Planner {
     shape_.rows_at_once = Divider(row() ? 1 : kThreads / columns(width));
     shape_.outputs = Divider(shape_.columns.divisor * std::min(plan_.pack, kPassLanes));
     shape_.splits = std::max<int32_t>(1, kThreads / shape_.outputs.divisor);
-    shape_.groups = static_cast<int32_t>(ceil_div(g.stats, width));
+    shape_.groups_per_sample = static_cast<int32_t>(ceil_div(g.channels, width));
+    shape_.groups = static_cast<int32_t>(g.batch * shape_.groups_per_sample);
     shape_.run = Divider(row() ? g.inner / plan_.pack : 1);
     shape_.inner = Divider(row() ? 1 : g.inner);
     shape_.entry_bits = thread_bits(row() ? kWarps : g.inner, width);

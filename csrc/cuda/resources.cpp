@@ -89,11 +89,21 @@ Plan make_plan(const Request& request, int device) {
 
 // Plans are made once for every shape, and again after another override.
 const Plan& plan_for(const Request& r, int device) {
-  using Key = std::array<int64_t, 12>;
+  using Key = std::array<int64_t, 13>;
   thread_local std::map<Key, Plan> plans;
-  const Key key = {device,           in_force().version, r.geometry.outer, r.geometry.stats,
-                   r.geometry.inner, r.element_bytes,    r.inputs,         r.coefficients,
-                   r.aligned,        r.reduces,          r.maps,           cooperation_refused[device]};
+  const Key key = {device,
+                   in_force().version,
+                   r.geometry.outer,
+                   r.geometry.channels,
+                   r.geometry.inner,
+                   r.geometry.batch,
+                   r.element_bytes,
+                   r.inputs,
+                   r.coefficients,
+                   r.aligned,
+                   r.reduces,
+                   r.maps,
+                   cooperation_refused[device]};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMostPlans) plans.clear();

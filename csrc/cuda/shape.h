@@ -54,7 +54,7 @@ struct Shape {
   Geometry geometry;
   int64_t stride;  // from one index of `outer` to the next
   int64_t chunk;   // of a rank: packs of the whole group (row) or rows of the tensor (column)
-  int32_t groups;
+  int32_t groups, groups_per_sample;
   int32_t width;  // channels of a group; the last one may have fewer
   int32_t ranks, teams;
   int32_t kept;          // steps of its chunk that a block keeps in shared memory: all, or whole batches of loads

@@ -25,7 +25,7 @@ using namespace batchnorm_ext::cpu;
 using Element = BATCHNORM_EXT_ELEMENT;
 using Map = std::function<void(int64_t block, int64_t chunk, Scratch& scratch)>;  // shorter stack traces than a lambda
 
-// [outer, stats, inner]
+// [outer, channels, inner], and batch
 constexpr Geometry kShapes[] = {
     // rows: long ones of several pieces, of one, and several to a chunk; short ones, whose whole blocks lie below each
     // other; those that are shorter than a block, and than a vector
@@ -59,12 +59,19 @@ constexpr Geometry kShapes[] = {
     {40, 64, 49},
     {35, 70, 36},
     {33, 512, 2},
+    // the same of several samples: rows that are short and long, columns that are folded, of several chunks and blocks
+    {1, 7, 49, 5},
+    {1, 2, 1000, 3},
+    {3, 5, 300, 2},
+    {333, 13, 1, 3},
+    {5001, 64, 1, 2},
+    {261, 1999, 1, 2},
 };
 
 template <typename T>
 struct Results {
   explicit Results(const Geometry& g)
-      : mean(g.stats), m2(g.stats), dbias(g.stats), dweight(g.stats), y(g.numel(), 1), dx(g.numel(), 5) {}
+      : mean(g.cells()), m2(g.cells()), dbias(g.cells()), dweight(g.cells()), y(g.numel(), 1), dx(g.numel(), 5) {}
   Buffer<double> mean, m2, dbias, dweight;
   Buffer<T> y, dx;
 };
@@ -77,12 +84,12 @@ class Test {
 
  public:
   Test(const Geometry& geometry, Data data, Checks checks)
-      : g_(geometry), p_(geometry, data), checks_(std::move(checks)), table_(g_.stats), grad_table_(g_.stats) {
+      : g_(geometry), p_(geometry, data), checks_(std::move(checks)), table_(g_.cells()), grad_table_(g_.cells()) {
     // An element goes through so many additions in A at most: a tile and what its centre is made of, or all. Their
     // roundings, of std 1 / sqrt(3) units, add up like the steps of a random walk: here are 3.5 times its std.
     const auto additions = std::is_same_v<A, double> ? g_.count() + kTile : kTile + kFirstTile;
     walk_ = 2 * std::sqrt(static_cast<Exact>(additions));
-    for (int64_t c = 0; c < g_.stats; ++c) grad_table_.row(0)[c] = static_cast<A>(p_.mean[c]);
+    for (int64_t c = 0; c < g_.cells(); ++c) grad_table_.row(0)[c] = static_cast<A>(p_.mean[c]);
   }
 
   void run() {
@@ -135,12 +142,12 @@ class Test {
     const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
       std::copy_n(mean, width, &results.mean[first]);
       std::copy_n(m2, width, &results.m2[first]);
-      std::vector<double> invstd(g_.stats);
+      std::vector<double> invstd(g_.cells());
       for (int64_t i = 0; i < width; ++i)
         invstd[first + i] = 1 / std::sqrt(m2[i] / static_cast<double>(g_.count()) + p_.eps);
       set_normalize(table_, first, width, results.mean.data(), invstd.data(), p_.weight.data(), p_.bias.data());
     };
-    reduce_moments(pattern, Schedule(pattern, g_.stats, g_.numel()), p_.x.data(), finish, map);
+    reduce_moments(pattern, p_.x.data(), finish, map);
   }
 
   void reduce_backward(const auto& pattern, const Results<T>& results, const auto& map) {
@@ -150,16 +157,15 @@ class Test {
       set_normalize_grad(grad_table_, first, width, dbias, dweight, static_cast<double>(g_.count()), p_.mean.data(),
                          p_.invstd.data(), p_.weight.data());
     };
-    reduce_grads(pattern, Schedule(pattern, g_.stats, g_.numel()), p_.dy.data(), p_.x.data(), grad_table_.row(0),
-                 p_.mean.data(), p_.invstd.data(), finish, map);
+    reduce_grads(pattern, p_.dy.data(), p_.x.data(), grad_table_.row(0), p_.mean.data(), p_.invstd.data(), finish, map);
   }
 
   // What the evaluation's gradient does, with the scales that the gradient's table has.
   void check_scale() {
     const Buffer<T> dx(g_.numel(), 1);
-    map_tensor(g_, Scale<A>(), {grad_table_.view()[3]}, dx.data(), p_.dy.data());
+    map_tensor(g_, Scale<A>(), grad_table_.view() + 3, dx.data(), p_.dy.data());
     for (int64_t i = 0; i < g_.numel(); ++i)
-      checks_.template rounded<T>("scaled", i, dx[i], Exact(grad_table_.row(3)[p_.channel_of(i)]) * Exact(p_.dy[i]),
+      checks_.template rounded<T>("scaled", i, dx[i], Exact(grad_table_.row(3)[p_.cell_of(i)]) * Exact(p_.dy[i]),
                                   kUnit * std::fabs(Exact(dx[i])));
   }
 
@@ -179,13 +185,13 @@ class Test {
   Exact var_error(const Statistics& s) const { return 4 * mean_error(s); }
 
   void check_forward(const Results<T>& results) {
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.cells(); ++c) {
       const Statistics& s = p_.statistics[c];
       checks_.within("mean", c, results.mean[c], s.mean, mean_error(s) * s.std);
       checks_.within("var", c, results.m2[c] / Exact(g_.count()), s.var, var_error(s) * s.std * s.std);
     }
     for (int64_t i = 0; i < g_.numel(); ++i) {
-      const int64_t c = p_.channel_of(i);
+      const int64_t c = p_.cell_of(i);
       const Statistics& s = p_.statistics[c];
       const Exact xhat = (Exact(p_.x[i]) - s.mean) / s.std, weight = p_.weight[c], bias = p_.bias[c];
       const Exact error = weight * (mean_error(s) + std::fabs(xhat) * var_error(s) / 2);
@@ -202,12 +208,12 @@ class Test {
                              dot_terms =
                                  p_.sums([&](int64_t i) { return std::fabs(dy(i)) * (1 + std::fabs(p_.xhat(i))); });
     const Exact rounding = walk_ * kUnit, n = g_.count();
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.cells(); ++c) {
       checks_.within("dbias", c, results.dbias[c], sum[c], rounding * sum_terms[c]);
       checks_.within("dweight", c, results.dweight[c], dot[c], rounding * dot_terms[c]);
     }
     for (int64_t i = 0; i < g_.numel(); ++i) {
-      const int64_t c = p_.channel_of(i);
+      const int64_t c = p_.cell_of(i);
       const Exact scale = Exact(p_.weight[c]) * p_.invstd[c], xhat = p_.xhat(i);
       const Exact terms = (sum_terms[c] + std::fabs(xhat) * dot_terms[c]) / n;
       checks_.template rounded<T>("dx", i, results.dx[i], scale * (dy(i) - (sum[c] + xhat * dot[c]) / n),
@@ -219,7 +225,7 @@ class Test {
   Problem<T> p_;
   Checks checks_;
   CoefficientTable<A, 3> table_;
-  CoefficientTable<A, 4> grad_table_;
+  CoefficientTable<A, 5> grad_table_;
   Exact walk_;  // how far the roundings of a channel's sums go
 };
 
@@ -230,8 +236,8 @@ int main(int count, char** arguments) {
   for (const Geometry& g : kShapes)
     for (int data = 0; data < static_cast<int>(std::size(kDataNames)); ++data) {
       if (std::is_same_v<Element, c10::Half> && Data(data) >= Data::kHuge) continue;
-      const std::string name = std::to_string(g.outer) + "x" + std::to_string(g.stats) + "x" + std::to_string(g.inner) +
-                               " " + kDataNames[data];
+      const std::string name = std::to_string(g.outer) + "x" + std::to_string(g.channels) + "x" +
+                               std::to_string(g.inner) + " " + kDataNames[data];
       if (name.find(filter) != std::string::npos) Test<Element>(g, Data(data), Checks(name)).run();
     }
   return 0;

@@ -30,7 +30,7 @@ struct Problem {
   Problem(const Geometry& geometry, Data data)
       : g(geometry), eps(data == Data::kTiny ? 1e-5 / (kScale * kScale) : 1e-5), x(g.numel()), dy(g.numel(), 3) {
     std::normal_distribution<double> normal;
-    for (int64_t c = 0; c < g.stats; ++c) {
+    for (int64_t c = 0; c < g.cells(); ++c) {
       weight.push_back(0.5 + std::fabs(normal(random)));
       bias.push_back(normal(random));
     }
@@ -43,16 +43,16 @@ struct Problem {
     }
   }
 
-  int64_t channel_of(int64_t i) const { return i / g.inner % g.stats; }
+  int64_t cell_of(int64_t i) const { return i / g.sample_numel() * g.channels + i / g.inner % g.channels; }
 
   // About the statistics that the kernels get, not those that there are.
-  Exact xhat(int64_t i) const { return (Exact(x[i]) - mean[channel_of(i)]) * invstd[channel_of(i)]; }
+  Exact xhat(int64_t i) const { return (Exact(x[i]) - mean[cell_of(i)]) * invstd[cell_of(i)]; }
 
   // Sums over each channel of f(element).
   template <typename F>
   std::vector<Exact> sums(const F& f) const {
-    std::vector<Exact> result(g.stats);
-    for (int64_t i = 0; i < g.numel(); ++i) result[channel_of(i)] += f(i);
+    std::vector<Exact> result(g.cells());
+    for (int64_t i = 0; i < g.numel(); ++i) result[cell_of(i)] += f(i);
     return result;
   }
 
@@ -67,11 +67,11 @@ struct Problem {
  private:
   void fill_x(Data data) {
     std::normal_distribution<double> normal;
-    std::vector<double> centre(g.stats), spread(g.stats);
-    for (int64_t c = 0; c < g.stats; ++c) centre[c] = normal(random), spread[c] = 0.5 + std::fabs(normal(random));
-    std::vector<int64_t> seen(g.stats);
+    std::vector<double> centre(g.cells()), spread(g.cells());
+    for (int64_t c = 0; c < g.cells(); ++c) centre[c] = normal(random), spread[c] = 0.5 + std::fabs(normal(random));
+    std::vector<int64_t> seen(g.cells());
     for (int64_t i = 0; i < g.numel(); ++i) {
-      const int64_t c = channel_of(i);
+      const int64_t c = cell_of(i);
       double value = centre[c] + (data == Data::kConstant ? 0 : spread[c] * normal(random));
       if (data == Data::kShifted) value += kFar * spread[c];
       // Where a channel begins so differently, a lane loses nearly all of it that stays about its first centre.
@@ -86,11 +86,11 @@ struct Problem {
     std::vector<Exact> means = sums([&](int64_t i) { return Exact(x[i]); });
     for (Exact& value : means) value /= g.count();
     const std::vector<Exact> m2 = sums([&](int64_t i) {
-      const Exact difference = Exact(x[i]) - means[channel_of(i)];
+      const Exact difference = Exact(x[i]) - means[cell_of(i)];
       return difference * difference;
     });
     std::vector<Statistics> result;
-    for (int64_t c = 0; c < g.stats; ++c)
+    for (int64_t c = 0; c < g.cells(); ++c)
       result.push_back({means[c], m2[c] / g.count(), std::sqrt(m2[c] / g.count() + eps)});
     return result;
   }

@@ -82,10 +82,10 @@ EDITS = [
         RACE,
     ),
     (
-        "each thread finishes all channels",
+        "each thread finishes all cells",
         "schedule.h",
-        "finish(begin, end - begin, a, a + stats);",
-        "finish(0, end, part(0, 0), part(0, 0) + stats);",
+        "finish(begin, end - begin, a, a + cells);",
+        "finish(0, end, part(0, 0), part(0, 0) + cells);",
         RACE,
     ),
     (
@@ -128,6 +128,20 @@ EDITS = [
         "row.h",
         "std::min(piece, g.inner - start)",
         "piece",
+        WRONG,
+    ),
+    (
+        "blocks of all samples are those of the first",
+        "column.h",
+        "block / blocks_per_sample * g.channels + first_channel(block)",
+        "first_channel(block)",
+        WRONG,
+    ),
+    (
+        "lanes beyond the end of a short run count",
+        "row.h",
+        "v.v[q] = Vec<A>::set(centre, v.v[q], ",
+        "static_cast<void>(",
         WRONG,
     ),
     (

@@ -30,7 +30,7 @@ class Test : Problem<T> {
   using A = Acc<T>;
   using Problem<T>::settings_, Problem<T>::g_, Problem<T>::n_, Problem<T>::aligned_, Problem<T>::eps_;
   using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
-  using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::channel_of, Problem<T>::sums;
+  using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::cell_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
   using Problem<T>::lost, Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
 
@@ -52,7 +52,7 @@ class Test : Problem<T> {
   void launch(const auto& op, bool reduces, bool maps, int turn) {
     using Op = std::remove_cvref_t<decltype(op)>;
     // Of an empty tensor one that has its channels, as the launches of the library have it.
-    const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.stats, 1};
+    const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.channels, 1, g_.batch};
     const Request request{g, sizeof(T), Op::kInputs, Op::kCoefficients, aligned_, reduces, maps};
     Device device;
     device.sms = static_cast<int>(settings_.number("sms"));
@@ -103,7 +103,7 @@ class Test : Problem<T> {
   }
 
   void forward(const std::string& op) {
-    const int64_t channels = g_.stats;
+    const int64_t channels = g_.cells();
     const bool cumulative = settings_.is("momentum", "none"), tracks = op == "forward" || op == "apply",
                reduces = op == "forward" || op == "moments", maps = op != "moments",
                scales = op == "scale";  // the gradient of an evaluation: with the invstd there is and nothing else
@@ -113,8 +113,7 @@ class Test : Problem<T> {
     int64_t batches = 3;
     Forward<T> call{.x = x_.data(),
                     .y = maps && n_ > 0 ? y.data() : nullptr,
-                    .channels = channels,
-                    .inner = g_.inner,
+                    .geometry = g_,
                     .source = op == "eval"    ? Source::kRunning
                               : op == "apply" ? Source::kSums
                               : scales        ? Source::kStats
@@ -165,7 +164,7 @@ class Test : Problem<T> {
               var_error * unbiased);
       }
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
-        const int64_t c = channel_of(i);
+        const int64_t c = cell_of(i);
         const Statistics& s = all[c];
         const Exact xhat = (widen(x_[i]) - s.mean) / s.std, scaled = weight_.get(c) * xhat,
                     bias = scales ? 0 : bias_.get(c);
@@ -186,7 +185,7 @@ class Test : Problem<T> {
   }
 
   void backward(const std::string& op) {
-    const int64_t channels = g_.stats;
+    const int64_t channels = g_.cells();
     const bool training = op != "eval_backward", halves = op == "grad_moments" || op == "grad_apply";
     const bool maps = op != "sums_backward" && op != "grad_moments", reduces = op != "grad_apply";
     const PerChannel<T> dweight(channels, weight_.is_float()), dbias(channels, weight_.is_float());
@@ -198,7 +197,7 @@ class Test : Problem<T> {
       stats[channels + c] = static_cast<double>(1 / all[c].std);
     }
     const auto xhat = [&](int64_t i) -> Exact {
-      return (widen(x_[i]) - Exact(stats[channel_of(i)])) * stats[channels + channel_of(i)];
+      return (widen(x_[i]) - Exact(stats[cell_of(i)])) * stats[channels + cell_of(i)];
     };
     const auto dy = [&](int64_t i) -> Exact { return widen(dy_[i]); };
     std::vector<Exact> sum = sums(dy), dot = sums([&](int64_t i) { return dy(i) * xhat(i); });
@@ -208,8 +207,7 @@ class Test : Problem<T> {
     Backward<T> call{.dy = dy_.data(),
                      .x = x_.data(),
                      .dx = maps ? dx.data() : nullptr,
-                     .channels = channels,
-                     .inner = g_.inner,
+                     .geometry = g_,
                      .training = training,
                      .count = static_cast<double>(n_),
                      .total_count = op == "grad_apply" ? count.data() : nullptr,
@@ -243,7 +241,7 @@ class Test : Problem<T> {
         }
       }
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
-        const int64_t c = channel_of(i);
+        const int64_t c = cell_of(i);
         const Exact scale = weight_.get(c) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;

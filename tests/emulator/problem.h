@@ -32,7 +32,7 @@ class Problem {
  public:
   explicit Problem(const Settings& settings)
       : settings_(settings),
-        g_{settings.number("outer"), settings.number("stats"), settings.number("inner")},
+        g_{settings.number("outer"), settings.number("stats"), settings.number("inner"), settings.number("batch")},
         n_(g_.count()),
         aligned_(settings.number("aligned") != 0),
         eps_(settings.is("data", "tiny") ? 1e-5 * kTiny * kTiny : 1e-5),
@@ -58,16 +58,16 @@ class Problem {
                                                                       : std::numeric_limits<A>::max(),
                           kLoud = std::is_same_v<T, double> ? 1e290 : kLimit / 16;
 
-  int64_t channel_of(int64_t i) const { return i / g_.inner % g_.stats; }
+  int64_t cell_of(int64_t i) const { return i / g_.sample_numel() * g_.channels + i / g_.inner % g_.channels; }
 
   Buffer<T> values(const std::string& kind) {
     std::normal_distribution<double> normal;
-    std::vector<double> centre(g_.stats), spread(g_.stats);
-    for (int64_t c = 0; c < g_.stats; ++c) centre[c] = normal(random_), spread[c] = 0.5 + std::fabs(normal(random_));
+    std::vector<double> centre(g_.cells()), spread(g_.cells());
+    for (int64_t c = 0; c < g_.cells(); ++c) centre[c] = normal(random_), spread[c] = 0.5 + std::fabs(normal(random_));
     Buffer<T> buffer(g_.numel(), aligned_);
     for (int64_t i = 0; i < g_.numel(); ++i) {
-      const int64_t c = channel_of(i);
-      const bool first = i < g_.stats * g_.inner && i % g_.inner == 0;
+      const int64_t c = cell_of(i);
+      const bool first = i == g_.first_of(c);
       double value = centre[c] + spread[c] * normal(random_);
       if (kind == "shifted") value += kFar * spread[c];
       if (kind == "outlier" && first) value += kOutlier;
@@ -77,7 +77,7 @@ class Problem {
       if (kind == "loud") value = kLoud * std::clamp(normal(random_), -4.0, 4.0);
       if (kind == "limit") value = kLimit * std::clamp(2 * value, -1.0, 1.0);
       if (kind == "spike") value = kLimit * (first ? -1.0 : 0.9);
-      if (kind == "nan" && c == 0 && i == g_.numel() - g_.stats * g_.inner) value = NAN;
+      if (kind == "nan" && c == 0 && i == g_.sample_numel() - g_.channels * g_.inner) value = NAN;
       if (kind == "inf" && c == 0 && first) value = INFINITY;
       buffer[i] = narrow<T>(static_cast<A>(value));
     }
@@ -85,9 +85,9 @@ class Problem {
   }
 
   PerChannel<T> parameters(double from, double to) {
-    PerChannel<T> result(g_.stats, settings_.is("parameters", "f32"));
+    PerChannel<T> result(g_.cells(), settings_.is("parameters", "f32"));
     std::uniform_real_distribution<double> uniform(from, to);
-    for (int64_t c = 0; c < g_.stats; ++c) result.set(c, uniform(random_));
+    for (int64_t c = 0; c < g_.cells(); ++c) result.set(c, uniform(random_));
     return result;
   }
 
@@ -102,8 +102,8 @@ class Problem {
   // Sums over each channel of f(element).
   template <typename F>
   std::vector<Exact> sums(const F& f) const {
-    std::vector<Exact> result(g_.stats);
-    for (int64_t i = 0; i < g_.numel(); ++i) result[channel_of(i)] += f(i);
+    std::vector<Exact> result(g_.cells());
+    for (int64_t i = 0; i < g_.numel(); ++i) result[cell_of(i)] += f(i);
     return result;
   }
 
@@ -113,11 +113,10 @@ class Problem {
   std::vector<Statistics> of_batch() const {
     std::vector<Exact> mean = sums([&](int64_t i) { return widen(x_[i]); });
     for (Exact& value : mean) value /= n_;
-    const std::vector<Exact> m2 =
-        sums([&](int64_t i) { return std::pow(widen(x_[i]) - mean[channel_of(i)], Exact(2)); });
+    const std::vector<Exact> m2 = sums([&](int64_t i) { return std::pow(widen(x_[i]) - mean[cell_of(i)], Exact(2)); });
     return per_channel([&](int64_t c) {
       Statistics s = statistics(mean[c], m2[c] / n_);
-      const Exact first = n_ > 0 ? (widen(x_[c * g_.inner]) - s.mean) / s.std : 0;
+      const Exact first = n_ > 0 ? (widen(x_[g_.first_of(c)]) - s.mean) / s.std : 0;
       const Exact merged = 1 + first * first;
       s.mean_error = walk_ * (kUnit + kMergeUnit * (std::sqrt(merged) + std::fabs(s.mean) / s.std));
       s.var_error = walk_ * (kUnit + kMergeUnit * merged);
@@ -132,8 +131,10 @@ class Problem {
 
   // Of sums about 0, of which each is in two parts: [sum | rest | squares | rest | n].
   Statistics of_sums(const Buffer<double>& sums, int64_t c) const {
-    const auto whole = [&](int64_t row) { return Exact(sums[row * g_.stats + c]) + sums[(row + 1) * g_.stats + c]; };
-    const Exact n = sums[4 * g_.stats], mean = whole(0) / n, var = whole(2) / n - mean * mean;
+    const auto whole = [&](int64_t row) {
+      return Exact(sums[row * g_.cells() + c]) + sums[(row + 1) * g_.cells() + c];
+    };
+    const Exact n = sums[4 * g_.cells()], mean = whole(0) / n, var = whole(2) / n - mean * mean;
     Statistics s = statistics(mean, var < 0 ? 0 : var);
     const Exact away = s.mean * s.mean / (s.std * s.std);
     s.mean_error = kMergeUnit * std::sqrt(away);
@@ -153,26 +154,26 @@ class Problem {
   template <typename F>
   std::vector<Statistics> per_channel(const F& f) const {
     std::vector<Statistics> result;
-    for (int64_t c = 0; c < g_.stats; ++c) result.push_back(f(c));
+    for (int64_t c = 0; c < g_.cells(); ++c) result.push_back(f(c));
     return result;
   }
 
   // Those of the batch as a part of `total` elements that are a little different.
   Buffer<double> larger_sums(Exact total) const {
     const std::vector<Statistics> batch = of_batch();
-    Buffer<double> sums(4 * g_.stats + 1);
+    Buffer<double> sums(4 * g_.cells() + 1);
     const auto set = [&](int64_t row, int64_t c, Exact value) {
-      sums[row * g_.stats + c] = static_cast<double>(value);
-      sums[(row + 1) * g_.stats + c] = static_cast<double>(value - sums[row * g_.stats + c]);
+      sums[row * g_.cells() + c] = static_cast<double>(value);
+      sums[(row + 1) * g_.cells() + c] = static_cast<double>(value - sums[row * g_.cells() + c]);
     };
-    for (int64_t c = 0; c < g_.stats; ++c) {
+    for (int64_t c = 0; c < g_.cells(); ++c) {
       Exact mean = (n_ > 0 ? batch[c].mean : 0) + 0.1L;
       if (total == 1) mean = static_cast<float>(mean);  // whose square is exact: there is no variance
       const Exact var = total > 1 ? 1.1L * (n_ > 0 ? batch[c].var : 1) + 0.1L : 0;
       set(0, c, total * mean);
       set(2, c, total * (var + mean * mean));
     }
-    sums[4 * g_.stats] = static_cast<double>(total);
+    sums[4 * g_.cells()] = static_cast<double>(total);
     return sums;
   }
 

@@ -38,6 +38,7 @@ class Settings {
       {"outer", "2"},          // the geometry
       {"stats", "3"},          // its channels
       {"inner", "4"},          // its runs
+      {"batch", "1"},          // samples that have statistics of their own
       {"data", "normal"},      // shifted outlier constant huge tiny loud limit spike nan inf
       {"gradient", "normal"},  // loud
       {"data_seed", "1"},      // of all numbers

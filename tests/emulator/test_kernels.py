@@ -45,7 +45,7 @@ PLANS = {  # a reduction alone and a map alone have no other policy
     "reduce": ["ranks=1", "ranks=3,width=8", "ranks=7"],
     "map": ["ranks=1", "ranks=3,width=8", "ranks=7"],
 }
-SHAPES = [  # [outer, stats, inner], for blocks of 64 threads
+SHAPES = [  # [outer, stats, inner] and samples, for blocks of 64 threads
     (3, 5, 49),  # odd runs that no pack divides,
     (4, 8, 49),  # and those that whole packs fit into over several channels
     (2, 3, 4099),  # too odd and too long for either: element by element
@@ -60,6 +60,11 @@ SHAPES = [  # [outer, stats, inner], for blocks of 64 threads
     (1, 3, 2),  # fewer elements than threads
     (2, 1, 1),
     (1, 4, 1),  # one element: no unbiased variance
+    (1, 7, 49, 5),  # samples that have statistics of their own
+    (5, 3, 1000, 2),
+    (37, 24, 1, 3),
+    (23, 12, 4, 2),
+    (100, 70, 1, 2),
 ]
 EMPTY = [(0, 3, 4), (4, 3, 0)]  # the channels of which there are all the same
 DATA = ["normal", "shifted", "outlier", "constant", "huge", "tiny", "nan", "inf"]
@@ -83,6 +88,7 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "outer": outer,
             "stats": stats,
             "inner": inner,
+            "batch": batch[0] if batch else 1,
             "data": (kind := draw(["normal", *data])),
             "gradient": draw(["normal", "loud"]) if kind in LARGE and op in LOUD else "normal",
             "data_seed": draw(range(1000)),
@@ -98,7 +104,7 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             "cooperative": 1 if policy == "grid" else draw([0, 1]),
             "seed": draw(range(1000)),
         }
-        for outer, stats, inner in SHAPES + (EMPTY if op in ("apply", "eval") else [])
+        for outer, stats, inner, *batch in SHAPES + (EMPTY if op in ("apply", "eval") else [])
         for plan in PLANS[policy]
     ]
     return [[f"{key}={value}" for key, value in s.items()] for s in settings]

@@ -11,6 +11,8 @@ from situations import (  # noqa: F401
     copies,
     counters,
     dtypes,
+    family,
+    family_functions,
     grad_modes,
     gradients,
     hooks,

@@ -22,15 +22,25 @@ LAYERS = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "SyncBatchNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "GroupNorm",
+    "LayerNorm",
+    "RMSNorm",
 ]
+FUNCTIONS = ["batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"]
 
 
 class Library:
-    """The layers and the function that a situation is about, as attributes."""
+    """The layers and the functions that a situation is about, as attributes."""
 
-    def __init__(self, layers: dict[str, Callable], batch_norm: Callable, switch: Callable) -> None:
+    def __init__(self, layers: dict[str, Callable], functions: object, switch: Callable) -> None:
         self.__dict__.update(layers)
-        self.batch_norm = batch_norm
+        self.__dict__.update({name: getattr(functions, name) for name in FUNCTIONS})
         self.switch = switch  # makes the native layers of a finished model those of the library
 
 
@@ -41,16 +51,16 @@ def _converted(name: str) -> Callable[..., nn.Module]:
     return lambda *args, **kwargs: convert(getattr(nn, name)(*args, **kwargs))
 
 
-NATIVE = Library({n: getattr(nn, n) for n in LAYERS}, nn.functional.batch_norm, lambda model: model)
+NATIVE = Library({n: getattr(nn, n) for n in LAYERS}, nn.functional, lambda model: model)
 OURS = {
     "built": Library(
         {n: getattr(batchnorm_ext, n) for n in LAYERS},
-        batchnorm_ext.functional.batch_norm,
+        batchnorm_ext.functional,
         batchnorm_ext.convert,
     ),
     "converted": Library(
         {n: _converted(n) for n in LAYERS},
-        batchnorm_ext.functional.batch_norm,
+        batchnorm_ext.functional,
         batchnorm_ext.convert,
     ),
 }

@@ -1,0 +1,46 @@
+"""The functions of PyTorch that this library takes over."""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "BATCH_NORM",
+    "GROUP_NORM",
+    "INSTANCE_NORM",
+    "LAYER_NORM",
+    "RMS_NORM",
+    "WEIGHT_NORM",
+    "Native",
+]
+
+
+class Native:
+    """A function of ``module``, as it is now: a program may have replaced it.
+
+    ``devices``: the types of device that this library has kernels for.
+    """
+
+    def __init__(self, name: str, *devices: str, module: ModuleType = F) -> None:
+        self.name, self.devices, self._module = name, (*devices, "meta"), module
+        self._function, self._operator = getattr(module, name), getattr(torch, name)
+        self.ours = None  # what a program may put in its place to use this library
+
+    def __call__(self, *arguments) -> Tensor:
+        function = getattr(self._module, self.name)
+        return (self._function if function is self.ours else function)(*arguments)
+
+    def is_replaced(self) -> bool:
+        function = getattr(self._module, self.name)
+        expected = function is self._function or function is self.ours
+        return not (expected and getattr(torch, self.name) is self._operator)
+
+
+BATCH_NORM = Native("batch_norm", "cpu", "cuda")
+INSTANCE_NORM = Native("instance_norm", "cpu", "cuda")
+GROUP_NORM = Native("group_norm", "cpu")
+LAYER_NORM = Native("layer_norm", "cpu")  # on CUDA, PyTorch's kernels are the best there are
+RMS_NORM = Native("rms_norm", "cpu")
+WEIGHT_NORM = Native("_weight_norm", "cpu", module=torch)
