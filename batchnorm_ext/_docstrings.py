@@ -35,7 +35,6 @@ Raises:
 
 _MISFIT = """
     RuntimeError: sizes, dtypes or devices of input and parameters that do not fit together.
-    NotImplementedError: an integer or boolean input.
 """
 
 BATCH = (
@@ -140,7 +139,7 @@ Args:"""
         ConvNeXt (Liu et al., *A ConvNet for the 2020s*, 2022); the output keeps the memory format.
         Default: None, the last dimensions."""
     + _CREATED
-    + _ROW_TENSORS.lstrip("\n").join(["\n", ""])
+    + _ROW_TENSORS
     + _MISFIT.lstrip("\n")
 )
 
@@ -156,7 +155,7 @@ https://arxiv.org/abs/1910.07467, equation 4.
 Args:"""
     + _ROWS
     % (
-        "added to the mean square. Default: the machine epsilon of the input's dtype.",
+        "added to the mean square. Default: that of PyTorch's function.",
         "``weight`` (at first 1)",
     )
     + "\n    device, dtype: of the parameter.\n"

@@ -55,9 +55,6 @@ class Fused:
         """Whether torch.export can take the layer as torch's own."""
         return True
 
-    def _fused_forward(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def __traced(self, input: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.
 

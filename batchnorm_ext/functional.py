@@ -67,7 +67,7 @@ def batch_norm(
             and not _ops.leaves_process()
             and _ops.takes(BATCH_NORM, input, running_mean, running_var, weight, bias)
         ):
-            # one by one: to collect and spread arguments costs as much as a small layer gains
+            # not as a tuple, which would be built and spread in every call
             return normalize(
                 BATCH_NORM,
                 input,

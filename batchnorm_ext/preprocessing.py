@@ -58,12 +58,6 @@ class _Scaler(nn.Module):
         self._require_fitted()
         return self.n_samples_seen_.numel()
 
-    def transform(self, X: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _update(self, values: Tensor) -> "_Scaler":
-        raise NotImplementedError
-
     def _is_fitted(self) -> bool:
         return self.n_samples_seen_ is not None
 
