@@ -24,13 +24,16 @@ template <typename T>
 class AlongBackward {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
-  static constexpr int64_t kMinSamples = 16;       // of a chunk
-  static constexpr int64_t kMaxPartials = 524288;  // sums over rows of all chunks together: 8 MB
+  static constexpr int64_t kAhead = 3072 / sizeof(T);  // elements
+  static constexpr int64_t kMinSamples = 16;           // of a chunk
+  static constexpr int64_t kMostChunks = 64;           // about: each is summed up by one thread in the end
+  static constexpr int64_t kMaxPartials = 524288;      // sums over rows of all chunks together: 8 MB
 
  public:
   AlongBackward(const Geometry& geometry, const double* weight) : g(geometry), parameters(g.channels) {
     std::transform(weight, weight + g.channels, parameters.row(0), [](double w) { return static_cast<A>(w); });
-    samples_per_chunk = even_share(g.batch, std::max(kMinSamples, g.batch * g.channels / kMaxPartials));
+    samples_per_chunk = even_share(g.batch, std::max({kMinSamples, kGrainElements / g.channels, g.batch / kMostChunks,
+                                                      g.batch * g.channels / kMaxPartials}));
     chunks = (g.batch + samples_per_chunk - 1) / samples_per_chunk;
   }
 
@@ -89,17 +92,22 @@ class AlongBackward {
     if constexpr (kStream) stream_fence();
   }
 
-  // Adds dy * xhat to dots and dy to sums, and gives sum(g) and sum(g * (x - centre)) of the row.
+  // Adds dy * xhat to dots and dy to sums, and gives sum(g) and sum(g * (x - centre)) of the row. Asks for what comes
+  // kAhead elements later: the work at the end of a row keeps the processor from looking that far.
   RowSums reduce(const T* dy, const T* x, const A* weight, const Affine<A>& affine, A* dots, A* sums) const {
+    constexpr int V = kParts<T>;
+    constexpr int64_t width = Vec<T>::size();
     const Vec<A> centre(affine.centre), scale(affine.scale), shift(affine.shift), zero(0);
-    Vec<A> sum[kVecs], dot[kVecs];
-    const auto add = [&]<int V>(int64_t j, const Block<A, V>& grad, const Block<A, V>& value,
-                                int64_t lanes) __attribute__((always_inline)) {
+    Vec<A> sum[V], dot[V];
+    const auto add = [&](int64_t j, const Block<A, V>& grad, const Block<A, V>& value,
+                         int64_t lanes) __attribute__((always_inline)) {
+      __builtin_prefetch(dy + j + kAhead);
+      __builtin_prefetch(x + j + kAhead);
       for (int q = 0; q < V; ++q) {
         const int64_t at = j + q * Vec<A>::size();
         Vec<A> d = value.v[q] - centre, weighted = grad.v[q] * Vec<A>::loadu(weight + at);
         Vec<A> xhat = at::vec::fmadd(d, scale, shift);
-        if (lanes < V * Vec<A>::size()) {  // beyond the row: 0 * inf would not be 0
+        if (lanes < width) {  // beyond the row: 0 * inf would not be 0
           const int64_t inside = std::clamp<int64_t>(lanes - q * Vec<A>::size(), 0, Vec<A>::size());
           xhat = Vec<A>::set(zero, xhat, inside);
           d = Vec<A>::set(zero, d, inside);
@@ -112,14 +120,12 @@ class AlongBackward {
       }
     };
     RowSums result;
-    for (int64_t begin = 0; begin < g.per_stat; begin += kTile * L) {
-      const int64_t end = std::min(g.per_stat, begin + kTile * L);
-      for (int q = 0; q < kVecs; ++q) sum[q] = dot[q] = zero;
+    for (int64_t begin = 0; begin < g.per_stat; begin += kTile * width) {
+      const int64_t end = std::min(g.per_stat, begin + kTile * width);
+      for (int q = 0; q < V; ++q) sum[q] = dot[q] = zero;
       int64_t j = begin;
-      for (; j + L <= end; j += L) add(j, load_block<kVecs>(dy + j), load_block<kVecs>(x + j), L);
-      constexpr int V = kParts<T>;
-      for (; j < end; j += Vec<T>::size())
-        add(j, load_block<V>(dy + j, end - j), load_block<V>(x + j, end - j), end - j);
+      for (; j + width <= end; j += width) add(j, load_block<V>(dy + j), load_block<V>(x + j), width);
+      if (j < end) add(j, load_block<V>(dy + j, end - j), load_block<V>(x + j, end - j), end - j);
       result.sum += sum_of_vectors(sum);
       result.dot += sum_of_vectors(dot);
     }

@@ -41,6 +41,15 @@ inline void for_each_part(int64_t lanes, const Body& body) {
                                 [=](const T* p) { return load_block<V>(p + first, lanes - first); });
 }
 
+// take<R>(i) for items [i, i + R), which together cover [0, n): what is summed for one item is a chain of additions,
+// whose latency those of the next ones fill.
+template <int kTogether, typename Take>
+inline void for_each_together(int64_t n, const Take& take) {
+  int64_t i = 0;
+  for (; i + kTogether <= n; i += kTogether) take.template operator()<kTogether>(i);
+  for (; i < n; ++i) take.template operator()<1>(i);
+}
+
 // Moments of the values v seen by each lane, about a centre k that follows the mean:
 //   s1 = sum(v - k),  m2 + s2 = sum((v - k)^2)
 // Per element: d = v - k; s1 += d; s2 += d * d. Every tile, the centre moves to the current mean kn by the identity

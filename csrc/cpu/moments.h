@@ -4,12 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "lanes.h"
 
 namespace batchnorm_ext::cpu {
 
-inline double sum_of(const double* p, int64_t n) {
+__attribute__((always_inline)) inline double sum_of(const double* p, int64_t n) {
   constexpr int64_t width = Vec<double>::size();
   Vec<double> even(0), odd(0);
   for (; n >= 2 * width; n -= 2 * width, p += 2 * width) {
@@ -22,13 +23,19 @@ inline double sum_of(const double* p, int64_t n) {
 }
 
 template <typename A, int V>
-double sum_of_vectors(const Vec<A> (&partial)[V]) {
-  constexpr int64_t lanes = V * Vec<A>::size();
-  alignas(64) A values[lanes];
-  for (int q = 0; q < V; ++q) partial[q].store(values + q * Vec<A>::size());
-  double wide[lanes];
-  std::copy_n(values, lanes, wide);
-  return sum_of(wide, lanes);
+__attribute__((always_inline)) inline double sum_of_vectors(const Vec<A> (&partial)[V]) {
+  Vec<double> even(0), odd(0);
+  for (int q = 0; q < V; ++q) {
+    if constexpr (std::is_same_v<A, double>) {
+      Vec<double>& sum = q % 2 == 0 ? even : odd;
+      sum = sum + partial[q];
+    } else {
+      const auto [low, high] = widen_lanes(partial[q]);
+      even = even + low;
+      odd = odd + high;
+    }
+  }
+  return sum_of_lanes(even + odd);
 }
 
 // Arrays of moments about the centres k: n values with s1 = sum(v - k) and s2 = sum((v - k)^2).

@@ -18,8 +18,9 @@ class Row {
   static constexpr int64_t kPart = Vec<T>::size();  // elements of the smallest load
   static constexpr int64_t kChunk = 16384;          // elements reduced before the lanes are folded
   static constexpr int64_t kShortRun = 4;           // blocks of lanes
-  static constexpr int64_t kBlock = 4096;           // elements of a block of several statistics, at most,
-  static constexpr int64_t kMostStats = 64;         // and these statistics
+  static constexpr int64_t kBlock = 1024;           // elements of a block of several statistics, at most,
+  static constexpr int64_t kMostStats = 16;         // and these statistics
+  static constexpr int kTogether = 4;               // cells with few elements that are reduced at once
 
  public:
   // Chunks have `most_runs` runs at most.
@@ -40,18 +41,40 @@ class Row {
   int64_t width(int64_t block) const { return std::min(cells_per_block, g.cells() - first(block)); }
 
   double count(int64_t chunk) const {
-    const Span s = span(0, chunk);
+    const Span s = span(chunk);
     return static_cast<double>(s.runs * s.length);
   }
 
   void moments(const T* x, int64_t block, int64_t chunk, double* mean, double* m2, Scratch&) const {
-    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c) cell_moments(x, c, chunk, mean + i, m2 + i);
+    const Span s = span(chunk);
+    const int64_t cells = width(block), begin = first(block);
+    const bool few = g.outer == 1 && s.length <= kTile * kPart;
+    const auto take = [&]<int R>(int64_t i) {
+      const T* rows[R];
+      for (int r = 0; r < R; ++r) rows[r] = x + start(begin + i + r, s);
+      few_moments(rows, s.length, mean + i, m2 + i);
+    };
+    if (few)
+      for_each_together<kTogether>(cells, take);
+    else
+      for (int64_t i = 0; i < cells; ++i) cell_moments(x + start(begin + i, s), s, mean + i, m2 + i);
   }
 
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
                  Scratch&) const {
-    for (int64_t i = 0, c = first(block); i < width(block); ++i, ++c)
-      cell_grad_sums(dy, x, mean[c], c, chunk, sum + i, dot + i);
+    const Span s = span(chunk);
+    const int64_t cells = width(block), begin = first(block);
+    const bool few = (s.length + kPart - 1) / kPart * s.runs <= kTile;
+    const auto take = [&]<int R>(int64_t i) {
+      int64_t starts[R];
+      for (int r = 0; r < R; ++r) starts[r] = start(begin + i + r, s);
+      few_grad_sums(dy, x, starts, mean + begin + i, s, sum + i, dot + i);
+    };
+    if (few) return for_each_together<kTogether>(cells, take);
+    for (int64_t i = 0; i < cells; ++i) {
+      const int64_t at = start(begin + i, s);
+      cell_grad_sums(dy + at, x + at, mean[begin + i], s, sum + i, dot + i);
+    }
   }
 
   // out = op(coefficients of each cell, parameters, in...) over one chunk, where the elements of a run have parameters
@@ -59,17 +82,17 @@ class Row {
   template <bool kStream, typename Op, typename... In>
   void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
                  int64_t period, T* out, const In*... in) const {
-    for (int64_t c = first(block); c < first(block) + width(block); ++c) {
-      const Span s = span(c, chunk);
+    const Span s = span(chunk);
+    for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
+      const int64_t at = start(c, s), along = c % period * g.inner + s.offset;
       Vec<A> cell[Op::kCoefficients];
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
-      const int64_t along = c % period * g.inner + s.offset - g.first_of(c);
       const auto f = [&](int64_t j, const auto&... v) {
-        Vec<A> at[Op::kParameters];
-        for (int i = 0; i < Op::kParameters; ++i) at[i] = Vec<A>::loadu(parameters[i] + along + j);
-        return op(cell, at, v...);
+        Vec<A> here[Op::kParameters];
+        for (int i = 0; i < Op::kParameters; ++i) here[i] = Vec<A>::loadu(parameters[i] + along + j);
+        return op(cell, here, v...);
       };
-      transform<kStream>(out + s.offset, s.length, f, (in + s.offset)...);
+      transform<kStream>(out + at, s.length, f, (in + at)...);
     }
     if constexpr (kStream) stream_fence();
   }
@@ -78,31 +101,29 @@ class Row {
   template <bool kStream, typename Op, typename... In>
   void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch&, T* out,
            const In*... in) const {
-    for (int64_t c = first(block); c < first(block) + width(block); ++c) {
-      const Span s = span(c, chunk);
+    const Span s = span(chunk);
+    for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
       Vec<A> cell[Op::kCoefficients];
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
       const auto f = [&](int64_t, const auto&... v) { return op(cell, v...); };
-      int64_t at = s.offset;
+      int64_t at = start(c, s);
       for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
     }
     if constexpr (kStream) stream_fence();
   }
 
  private:
-  // A chunk: `runs` runs of `length` elements, stride() apart. Either many short runs or one piece of a long run.
+  // A chunk of any cell: `runs` runs of `length` elements, stride() apart, from `offset` on. Either many short runs or
+  // one piece of a long run.
   struct Span {
     int64_t offset, runs, length;
   };
 
-  void cell_moments(const T* x, int64_t cell, int64_t chunk, double* mean, double* m2) const {
-    const Span s = span(cell, chunk);
-    if (g.outer == 1 && s.length <= kTile * kPart) return few_moments(x + s.offset, s.length, mean, m2);
+  void cell_moments(const T* x, const Span& s, double* mean, double* m2) const {
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
-    const T* const first = x + s.offset;
-    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first + at, step, blocks); });
-    if (rest) tail.add(first + whole * L, stride(), s.runs, rest);
+    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(x + at, step, blocks); });
+    if (rest) tail.add(x + whole * L, stride(), s.runs, rest);
     double memory[4][2 * L];
     const MomentSets sets{memory[0], memory[1], memory[2], memory[3]};
     if (whole) sets.take(0, body, L);
@@ -111,19 +132,16 @@ class Row {
     sets.results(1, 1, mean, m2);
   }
 
-  void cell_grad_sums(const T* dy, const T* x, A mean, int64_t cell, int64_t chunk, double* sum, double* dot) const {
-    const Span s = span(cell, chunk);
-    if ((s.length + kPart - 1) / kPart * s.runs <= kTile) return few_grad_sums(dy, x, mean, s, sum, dot);
+  void cell_grad_sums(const T* dy, const T* x, A mean, const Span& s, double* sum, double* dot) const {
     const int64_t whole = s.length / L, rest = s.length % L;
     Block<A> centre;
     std::fill_n(centre.v, kVecs, Vec<A>(mean));
     LaneGradSums<A> body, tail;
     if (whole) body.reset(centre);
     if (rest) tail.reset(centre);
-    const T *const first_dy = dy + s.offset, *const first = x + s.offset;
-    for_each_stretch(
-        s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(first_dy + at, first + at, step, blocks); });
-    if (rest) tail.add(first_dy + whole * L, first + whole * L, stride(), s.runs, rest);
+    for_each_stretch(s, whole,
+                     [&](int64_t at, int64_t step, int64_t blocks) { body.add(dy + at, x + at, step, blocks); });
+    if (rest) tail.add(dy + whole * L, x + whole * L, stride(), s.runs, rest);
     double sums[2 * L], dots[2 * L];
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);
@@ -132,61 +150,89 @@ class Row {
     *dot = sum_of(dots, used + rest);
   }
 
-  // In registers, about the mean: with few elements, most of the time would go into the lanes of the accumulators, and
-  // the second reading finds them in the nearest cache.
-  void few_moments(const T* x, int64_t n, double* mean, double* m2) const {
+  // The moments of R rows of n elements, in registers, about their means: with few elements, most of the time would go
+  // into the lanes of the accumulators, and the second reading finds them in the nearest cache.
+  template <int R>
+  static void few_moments(const T* const (&rows)[R], int64_t n, double* mean, double* m2) {
     constexpr int V = kParts<T>;
-    Vec<A> sums[V], squares[V];
-    for (int q = 0; q < V; ++q) sums[q] = squares[q] = Vec<A>(0);
-    for (int64_t i = 0; i < n; i += kPart) {
-      const Block<A, V> v = load_block<V>(x + i, n - i);
-      for (int q = 0; q < V; ++q) sums[q] = sums[q] + v.v[q];
-    }
     const double count = static_cast<double>(n);
-    const A middle = static_cast<A>(sum_of_vectors(sums) / count);
-    const Vec<A> centre(middle);
-    const auto add = [&](const Block<A, V>& v) __attribute__((always_inline)) {
+    Vec<A> sums[R][V], squares[R][V], centre[R];
+    for (int r = 0; r < R; ++r)
+      for (int q = 0; q < V; ++q) sums[r][q] = squares[r][q] = Vec<A>(0);
+    for_each_load(n, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(rows[r] + R * n + i, 0, 2);
+        const Block<A, V> v = load(rows[r] + i);
+        for (int q = 0; q < V; ++q) sums[r][q] = sums[r][q] + v.v[q];
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      const A middle = static_cast<A>(sum_of_vectors(sums[r]) / count);
+      mean[r] = middle;
+      centre[r] = Vec<A>(middle);
+      for (int q = 0; q < V; ++q) sums[r][q] = Vec<A>(0);
+    }
+    const auto add = [&](int r, const Block<A, V>& v) __attribute__((always_inline)) {
       for (int q = 0; q < V; ++q) {
-        const Vec<A> d = v.v[q] - centre;
-        sums[q] = sums[q] + d;
-        squares[q] = at::vec::fmadd(d, d, squares[q]);
+        const Vec<A> d = v.v[q] - centre[r];
+        sums[r][q] = sums[r][q] + d;
+        squares[r][q] = at::vec::fmadd(d, d, squares[r][q]);
       }
     };
-    for (int q = 0; q < V; ++q) sums[q] = Vec<A>(0);
     int64_t i = 0;
-    for (; i + kPart <= n; i += kPart) add(load_block<V>(x + i));
-    if (i < n) {
-      Block<A, V> v = load_block<V>(x + i, n - i);
+    for (; i + kPart <= n; i += kPart)
+      for (int r = 0; r < R; ++r) add(r, load_block<V>(rows[r] + i));
+    for (int r = 0; i < n && r < R; ++r) {
+      Block<A, V> v = load_block<V>(rows[r] + i, n - i);
       for (int q = 0; q < V; ++q)
-        v.v[q] = Vec<A>::set(centre, v.v[q], std::clamp<int64_t>(n - i - q * Vec<A>::size(), 0, Vec<A>::size()));
-      add(v);
+        v.v[q] = Vec<A>::set(centre[r], v.v[q], std::clamp<int64_t>(n - i - q * Vec<A>::size(), 0, Vec<A>::size()));
+      add(r, v);
     }
-    const double sum = sum_of_vectors(sums), shift = sum / count;
-    *mean = middle + shift;
-    const double second = sum_of_vectors(squares);
-    *m2 = second - sum * shift;
-    if (second > 0) return;
-    for (int q = 0; q < V; ++q) sums[q] = sums[q].abs();
-    if (sum_of_vectors(sums) > 0) *m2 = -1;  // all squares have vanished: range.h sums again what is out of range
+    for (int r = 0; r < R; ++r) {
+      const double sum = sum_of_vectors(sums[r]), shift = sum / count, second = sum_of_vectors(squares[r]);
+      mean[r] += shift;
+      m2[r] = second - sum * shift;
+      if (second > 0) continue;
+      for (int q = 0; q < V; ++q) sums[r][q] = sums[r][q].abs();
+      if (sum_of_vectors(sums[r]) > 0) m2[r] = -1;  // all squares have vanished: range.h sums what is out of range
+    }
   }
 
-  // In registers: with few elements, most of the time would go into the lanes of the accumulators.
-  void few_grad_sums(const T* dy, const T* x, A mean, const Span& s, double* sum, double* dot) const {
+  // The gradient sums of R cells in the same way.
+  template <int R>
+  void few_grad_sums(const T* dy, const T* x, const int64_t (&starts)[R], const A* mean, const Span& s, double* sum,
+                     double* dot) const {
     constexpr int V = kParts<T>;
-    const Vec<A> centre(mean);
-    Vec<A> sums[V], dots[V];
-    for (int q = 0; q < V; ++q) sums[q] = dots[q] = Vec<A>(0);
-    int64_t at = s.offset;
-    for (int64_t r = 0; r < s.runs; ++r, at += stride())
-      for (int64_t i = 0; i < s.length; i += kPart) {
-        const Block<A, V> g = load_block<V>(dy + at + i, s.length - i), v = load_block<V>(x + at + i, s.length - i);
-        for (int q = 0; q < V; ++q) {
-          sums[q] = sums[q] + g.v[q];
-          dots[q] = at::vec::fmadd(g.v[q], v.v[q] - centre, dots[q]);
+    Vec<A> sums[R][V], dots[R][V], centre[R];
+    for (int r = 0; r < R; ++r) {
+      centre[r] = Vec<A>(mean[r]);
+      for (int q = 0; q < V; ++q) sums[r][q] = dots[r][q] = Vec<A>(0);
+    }
+    for (int64_t run = 0; run < s.runs; ++run)
+      for_each_load(s.length, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
+        for (int r = 0; r < R; ++r) {
+          const int64_t at = starts[r] + run * stride() + i;
+          const Block<A, V> grad = load(dy + at), v = load(x + at);
+          for (int q = 0; q < V; ++q) {
+            sums[r][q] = sums[r][q] + grad.v[q];
+            dots[r][q] = at::vec::fmadd(grad.v[q], v.v[q] - centre[r], dots[r][q]);
+          }
         }
-      }
-    *sum = sum_of_vectors(sums);
-    *dot = sum_of_vectors(dots);
+      });
+    for (int r = 0; r < R; ++r) {
+      sum[r] = sum_of_vectors(sums[r]);
+      dot[r] = sum_of_vectors(dots[r]);
+    }
+  }
+
+  // f(i, load) for the smallest loads that cover n elements: load(p) gives those from there on, with zeros past the
+  // end.
+  template <typename F>
+  static void for_each_load(int64_t n, const F& f) {
+    constexpr int V = kParts<T>;
+    int64_t i = 0;
+    for (; i + kPart <= n; i += kPart) f(i, [](const T* p) { return load_block<V>(p); });
+    if (i < n) f(i, [=](const T* p) { return load_block<V>(p, n - i); });
   }
 
   int64_t stride() const { return g.channels * g.inner; }
@@ -201,10 +247,13 @@ class Row {
       for (int64_t j = 0; j < whole; ++j) f(j * L, stride(), s.runs);
   }
 
-  Span span(int64_t cell, int64_t chunk) const {
-    const int64_t run = chunk / pieces * runs, start = chunk % pieces * piece;
-    return {g.first_of(cell) + run * stride() + start, std::min(runs, g.outer - run), std::min(piece, g.inner - start)};
+  Span span(int64_t chunk) const {
+    const int64_t run = chunk / pieces * runs, begin = chunk % pieces * piece;
+    return {run * stride() + begin, std::min(runs, g.outer - run), std::min(piece, g.inner - begin)};
   }
+
+  // The first element of a chunk of the cell.
+  int64_t start(int64_t cell, const Span& s) const { return g.first_of(cell) + s.offset; }
 
   Geometry g;
   int64_t pieces, piece, runs, cells_per_block;

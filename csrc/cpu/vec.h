@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 namespace batchnorm_ext::cpu {
 
@@ -58,13 +59,13 @@ __attribute__((always_inline)) inline Block<Acc<T>, V> widen(const From& from) {
 
 template <int V, typename T>
 __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p) {
-  return widen<T, V>([&](int64_t first) { return Vec<T>::loadu(p + first); });
+  return widen<T, V>([&](int64_t first) __attribute__((always_inline)) { return Vec<T>::loadu(p + first); });
 }
 
 // Loads the first `count` elements; the other lanes are zero.
 template <int V, typename T>
 __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
-  return widen<T, V>([&](int64_t first) {
+  return widen<T, V>([&](int64_t first) __attribute__((always_inline)) {
     const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
     return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
   });
@@ -90,6 +91,23 @@ inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
     else
       put(narrow_pair<T>(block.v[q], block.v[q + 1]), q / kParts<T> * Vec<T>::size());
   }
+}
+
+// The lower and the upper half of the lanes in fp64, in registers as below.
+inline std::pair<Vec<double>, Vec<double>> widen_lanes(const Vec<float>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 all = v;
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(all)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1))};
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 all = v;
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(all)), _mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))};
+#else
+  alignas(64) float lanes[Vec<float>::size()];
+  alignas(64) double wide[Vec<float>::size()];
+  v.store(lanes);
+  std::copy_n(lanes, Vec<float>::size(), wide);
+  return {Vec<double>::loadu(wide), Vec<double>::loadu(wide + Vec<double>::size())};
+#endif
 }
 
 // Halves are added, then quarters and so on: in registers where the compiler would go through memory.
