@@ -21,6 +21,7 @@ from situations import (  # noqa: F401
     lazy,
     options,
     parameters,
+    replaced,
     saved,
     shadowed,
     subclasses,
