@@ -6,7 +6,7 @@ from torch import Tensor
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from batchnorm_ext._normalize import call_or_log, normalize
+from batchnorm_ext._normalize import NUMBER, call_or_log, normalize
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -192,6 +192,7 @@ def group_norm(
             isinstance(num_groups, int)
             and not isinstance(num_groups, bool)
             and num_groups > 0
+            and isinstance(eps, NUMBER)
             and not _ops.leaves_process()
             and _ops.takes(GROUP_NORM, input, weight, bias)
         ):
@@ -245,7 +246,11 @@ def layer_norm(
     if channel_dim is not None:
         return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
+        if (
+            isinstance(eps, NUMBER)
+            and not _ops.leaves_process()
+            and _ops.takes(LAYER_NORM, input, weight, bias)
+        ):
             arguments = (input, normalized_shape, weight, bias, True, eps)
             output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
             if output is not None:
@@ -266,7 +271,8 @@ def _layer_norm_of_channels(
         raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
     if not torch.jit.is_scripting():
         if (
-            not _ops.leaves_process()
+            isinstance(eps, NUMBER)
+            and not _ops.leaves_process()
             and _ops.takes(LAYER_NORM, input, weight, bias)
             and input.dim() > 2
             and input.shape[1:2] == tuple(normalized_shape)
@@ -328,7 +334,11 @@ def rms_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
+        if (
+            (eps is None or isinstance(eps, NUMBER))
+            and not _ops.leaves_process()
+            and _ops.takes(RMS_NORM, input, weight)
+        ):
             least = default_rms_eps(input.dtype) if eps is None else eps
             arguments = (input, normalized_shape, weight, None, False, least)
             output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)

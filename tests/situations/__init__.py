@@ -19,6 +19,7 @@ from situations import (  # noqa: F401
     in_place,
     layouts,
     lazy,
+    no_data,
     options,
     parameters,
     replaced,
