@@ -141,6 +141,8 @@ def instance_norm(
             and input.dim() > 2
         ):
             groups = input.size(1) if use_input_stats else 0
+            if isinstance(weight, Tensor) and torch.is_grad_enabled():
+                weight = weight.clone()  # as natively, it may be written to before the backward
             tensors = (input, running_mean, running_var, weight, bias, None, None)
             return normalize(INSTANCE_NORM, *tensors, bool(use_input_stats), momentum, eps, groups)
         tensors = (input, running_mean, running_var, weight, bias)
@@ -321,7 +323,7 @@ def rms_norm(
             are computed in.
 
     Returns:
-        Contiguous tensor of the shape and dtype of ``input``.
+        Tensor of the shape and dtype of ``input``, contiguous or, as ``input``, channels_last.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.

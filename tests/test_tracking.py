@@ -271,7 +271,7 @@ def test_inference_tensors_that_autograd_cannot_save_move_no_statistics(kind, de
 
 
 def test_statistics_of_many_forwards_are_not_kept(device):
-    """8 bytes of each in the end, and 64 KB for what waits; once it was the statistics themselves, 64 KB each."""
+    """8 bytes of each in the end; once it was the statistics themselves, 64 KB each."""
     layer = batchnorm_ext.BatchNorm1d(4096).to(device)
     with torch.no_grad():
         for _ in range(100):

@@ -7,12 +7,14 @@ will, or raises. ``tests/test_like_native.py`` runs all of them on both.
 
 from situations import (  # noqa: F401
     arguments,
+    bits,
     buffers,
     copies,
     counters,
     dtypes,
     family,
     family_functions,
+    family_uses,
     grad_modes,
     gradients,
     hooks,
