@@ -159,7 +159,7 @@ Args:"""
         "``weight`` (at first 1)",
     )
     + "\n    device, dtype: of the parameter.\n"
-    + _ROW_TENSORS
+    + _ROW_TENSORS.replace("contiguous", "contiguous or, as that, channels_last")
     + _MISFIT.lstrip("\n")
 )
 

@@ -20,12 +20,17 @@ __all__ = [
 class Native:
     """A function of ``module``, as it is now: a program may have replaced it.
 
-    ``devices``: the types of device that this library has kernels for.
+    ``devices``: the types of device that this library has kernels for. ``check``: the function that
+    refuses sizes, which is replaced to allow or refuse others.
     """
 
-    def __init__(self, name: str, *devices: str, module: ModuleType = F) -> None:
+    def __init__(
+        self, name: str, *devices: str, module: ModuleType = F, check: str | None = None
+    ) -> None:
         self.name, self.devices, self._module = name, (*devices, "meta"), module
         self._function, self._operator = getattr(module, name), getattr(torch, name)
+        self._check_name = check
+        self._check = None if check is None else getattr(module, check)
         self.ours = None  # what a program may put in its place to use this library
 
     def __call__(self, *arguments) -> Tensor:
@@ -34,13 +39,17 @@ class Native:
 
     def is_replaced(self) -> bool:
         function = getattr(self._module, self.name)
-        expected = function is self._function or function is self.ours
-        return not (expected and getattr(torch, self.name) is self._operator)
+        if function is not self._function and function is not self.ours:
+            return True
+        if self._check_name and getattr(self._module, self._check_name) is not self._check:
+            return True
+        return getattr(torch, self.name) is not self._operator
 
 
-BATCH_NORM = Native("batch_norm", "cpu", "cuda")
-INSTANCE_NORM = Native("instance_norm", "cpu")  # the CUDA kernels have not run for it on a GPU
-GROUP_NORM = Native("group_norm", "cpu")
+BATCH_NORM = Native("batch_norm", "cpu", "cuda", check="_verify_batch_size")
+# the CUDA kernels have not run on a GPU for the norms that follow
+INSTANCE_NORM = Native("instance_norm", "cpu", check="_verify_spatial_size")
+GROUP_NORM = Native("group_norm", "cpu", check="_verify_batch_size")
 LAYER_NORM = Native("layer_norm", "cpu")
 RMS_NORM = Native("rms_norm", "cpu")
 WEIGHT_NORM = Native("_weight_norm", "cpu", module=torch)

@@ -31,7 +31,8 @@ def normalize(
     counter that the operator does not take. With ``groups`` each sample has statistics of its own
     for each of so many groups of channels.
     """
-    if isinstance(eps, _NUMBER) and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
+    fits = isinstance(eps, NUMBER) and (eps > 0 or groups > 0 or (eps == 0 and not training))
+    if fits and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
             if not training or (running_mean is None and running_var is None):
                 output, _ = _ops.batch_norm(
@@ -64,8 +65,8 @@ def call_or_log(native: Native, operator: Callable, *arguments) -> Tensor | None
         return None
 
 
-_NUMBER = (float, int)
-_MOMENTUM = (float, int, type(None))
+NUMBER = (float, int)
+_MOMENTUM = (*NUMBER, type(None))
 
 
 def _by_torch(

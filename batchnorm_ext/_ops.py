@@ -136,7 +136,7 @@ def refusal(native: Native, tensors: tuple[Tensor | None, ...]) -> str | None:
     What the operators find out by themselves is not asked here: see ``is_refusal``.
     """
     if native.is_replaced():
-        return f"{native.name} of torch has been replaced"
+        return f"{native.name} of torch, or what it calls, has been replaced"
     if _functorch_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:

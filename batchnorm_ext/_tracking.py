@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from batchnorm_ext._ops import STAND_INS
 
 _LEAST, _MOST = 64, 1 << 16  # batches remembered: the last ones of a layer that is used more often
+_WAITING = 8192  # values of statistics that wait, so that the operations of a hash serve several
 
 
 class _History:
@@ -29,27 +30,58 @@ class _History:
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.RLock()
         self.count = 0
-        self.fingerprints = torch.zeros(_LEAST, dtype=torch.int64, device=device)
+        with _aside():
+            self.fingerprints = torch.zeros(_LEAST, dtype=torch.int64, device=device)
+        self.waiting: list[Tensor] = []  # statistics without a fingerprint so far, all of one size
+        # other devices give memory back before all their streams have read it
+        self.room = _WAITING if device.type == "cpu" else 0
 
     def add(self, stats: Tensor) -> None:
-        if self.count == len(self.fingerprints) < _MOST:
-            self.fingerprints = torch.cat([self.fingerprints, torch.zeros_like(self.fingerprints)])
-        self.fingerprints[self.count % len(self.fingerprints)] = _fingerprint(stats)
-        self.count += 1
+        if not _has_data(stats):
+            return
+        if self.waiting and self.waiting[0].shape != stats.shape:
+            self._remember()
+        self.waiting.append(stats)
+        if len(self.waiting) * stats.numel() >= self.room:
+            self._remember()
 
     def has(self, stats: Tensor) -> Tensor:
         """A truth value on the device, which nobody waits for."""
-        return (self.fingerprints[: self.count] == _fingerprint(stats)).any()
+        self._remember()
+        return (self.fingerprints[: self.count] == _fingerprints(stats[None])).any()
+
+    def _remember(self) -> None:
+        if not self.waiting:
+            return
+        with _aside():
+            after = self.count + len(self.waiting)
+            while after > len(self.fingerprints) < _MOST:
+                new = torch.zeros_like(self.fingerprints)
+                self.fingerprints = torch.cat([self.fingerprints, new])
+            places = torch.arange(self.count, after, device=self.fingerprints.device)
+            places %= len(self.fingerprints)
+            self.fingerprints[places] = _fingerprints(torch.stack(self.waiting))
+        self.count = after
+        self.waiting.clear()
 
 
 _histories: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _fingerprint(stats: Tensor) -> Tensor:
-    """A hash of all bits and their places: channels that are alike do not cancel out."""
-    bits = stats.flatten().view(torch.int64)
-    odd = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-    return (bits * (odd * 0x1E3779B97F4A7C15)).sum()
+@contextmanager
+def _aside():
+    """Unseen by dispatch modes, as selective checkpointing wants the operators of the forward; and
+    not in inference mode, whose tensors nobody can write to later."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _fingerprints(stats: Tensor) -> Tensor:
+    """A hash for each of several statistics, of all bits and their places: channels that are alike
+    do not cancel out."""
+    bits = stats.flatten(1).view(torch.int64)
+    odd = torch.arange(1, 2 * bits.size(1), 2, device=bits.device)
+    return (bits * (odd * 0x1E3779B97F4A7C15)).sum(1)
 
 
 def track(
@@ -77,8 +109,13 @@ def track(
     # a backward may repeat what leaves no graph, or one under hooks
     adds = not in_backward and (hooks is not None or not torch.is_grad_enabled())
     history = _history_of(running_mean, adds) if adds or in_backward else None
-    if hooks is None and history is None and counted is None:
+    if hooks is None and counted is None and history is None:
         return update(*arguments)[0]
+    if hooks is None and counted is None and adds:
+        with history.lock:  # nothing fails once the operator has written
+            output, stats = update(*arguments)
+            history.add(stats)
+        return output
     state = (running_mean, running_var, num_batches_tracked, counted)
     # hooks see what autograd saves when the operator has written, and may fail
     with (
@@ -89,21 +126,18 @@ def track(
         if counted is not None:
             counted.add_(1)
         output, stats = update(*arguments)
-        if history is not None:
-            # unseen by dispatch modes: selective checkpointing wants the operators of the forward
-            with _disable_current_modes(), torch.no_grad():
-                if adds:
-                    history.add(stats)
-                else:
-                    _undo_repetition(stats, history, before)
+        if adds:
+            history.add(stats)
+        elif history is not None:
+            with _aside():
+                _undo_repetition(stats, history, before)
     return output
 
 
 def _history_of(running_mean: Tensor, make: bool) -> _History | None:
     history = _histories.get(running_mean)
     if history is None and make:
-        with _disable_current_modes():
-            history = _histories.setdefault(running_mean, _History(running_mean.device))
+        history = _histories.setdefault(running_mean, _History(running_mean.device))
     return history
 
 

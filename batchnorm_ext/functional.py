@@ -6,7 +6,7 @@ from torch import Tensor
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from batchnorm_ext._normalize import call_or_log, normalize
+from batchnorm_ext._normalize import NUMBER, call_or_log, normalize
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -141,6 +141,8 @@ def instance_norm(
             and input.dim() > 2
         ):
             groups = input.size(1) if use_input_stats else 0
+            if isinstance(weight, Tensor) and torch.is_grad_enabled():
+                weight = weight.clone()  # as natively, it may be written to before the backward
             tensors = (input, running_mean, running_var, weight, bias, None, None)
             return normalize(INSTANCE_NORM, *tensors, bool(use_input_stats), momentum, eps, groups)
         tensors = (input, running_mean, running_var, weight, bias)
@@ -192,6 +194,7 @@ def group_norm(
             isinstance(num_groups, int)
             and not isinstance(num_groups, bool)
             and num_groups > 0
+            and isinstance(eps, NUMBER)
             and not _ops.leaves_process()
             and _ops.takes(GROUP_NORM, input, weight, bias)
         ):
@@ -245,7 +248,11 @@ def layer_norm(
     if channel_dim is not None:
         return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
+        if (
+            isinstance(eps, NUMBER)
+            and not _ops.leaves_process()
+            and _ops.takes(LAYER_NORM, input, weight, bias)
+        ):
             arguments = (input, normalized_shape, weight, bias, True, eps)
             output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
             if output is not None:
@@ -266,7 +273,8 @@ def _layer_norm_of_channels(
         raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
     if not torch.jit.is_scripting():
         if (
-            not _ops.leaves_process()
+            isinstance(eps, NUMBER)
+            and not _ops.leaves_process()
             and _ops.takes(LAYER_NORM, input, weight, bias)
             and input.dim() > 2
             and input.shape[1:2] == tuple(normalized_shape)
@@ -315,7 +323,7 @@ def rms_norm(
             are computed in.
 
     Returns:
-        Contiguous tensor of the shape and dtype of ``input``.
+        Tensor of the shape and dtype of ``input``, contiguous or, as ``input``, channels_last.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit together, with PyTorch's text.
@@ -328,7 +336,11 @@ def rms_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
+        if (
+            (eps is None or isinstance(eps, NUMBER))
+            and not _ops.leaves_process()
+            and _ops.takes(RMS_NORM, input, weight)
+        ):
             least = default_rms_eps(input.dtype) if eps is None else eps
             arguments = (input, normalized_shape, weight, None, False, least)
             output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops, sync_debug
 from batchnorm_ext._layer import FusedBatchNorm, counting, own, statistics
-from batchnorm_ext._native import BATCH_NORM
+from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track
 
 __all__ = ["SyncBatchNorm"]
@@ -20,6 +20,16 @@ __all__ = ["SyncBatchNorm"]
 _Native = nn.SyncBatchNorm  # whatever that name may stand for later
 _native_forward = _Native.forward
 _DEBUG = os.environ.get("BATCHNORM_EXT_SYNC_DEBUG") == "1"
+
+
+class _Synchronized(Native):
+    """Where torch.nn synchronizes, it does not call the function that a program may replace."""
+
+    def is_replaced(self) -> bool:
+        return False
+
+
+_SYNC_BATCH_NORM = _Synchronized("batch_norm", "cpu", "cuda")
 
 
 class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
@@ -118,7 +128,7 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
-        if reason := _ops.refusal(BATCH_NORM, (input, mean, var, weight, bias)):
+        if reason := _ops.refusal(_SYNC_BATCH_NORM, (input, mean, var, weight, bias)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
         debug = _DEBUG and not torch.compiler.is_compiling()

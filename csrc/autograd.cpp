@@ -125,6 +125,8 @@ Outputs forward(const Call& call) {
     const OptionalTensor weight = as_row(o.weight), bias = as_row(o.bias);
     outputs = forward({{rows, weight, bias, kNone, kNone, kNone, kNone}, s});
     outputs.y = outputs.y.view_symint(o.x.sym_sizes());
+    // PyTorch's rms_norm keeps channels_last, its layer_norm does not
+    if (!s.domain.centred) outputs.y = outputs.y.contiguous(o.x.suggest_memory_format());
     return outputs;
   }
   if (ranks.alone()) {

@@ -56,7 +56,10 @@ Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, 
   const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
   // Halves, because x - mean may overflow where xhat does not.
-  Tensor half = at::add(along_stats((stats[0] * -0.5).to(dtype), x, groups), x, 0.5);
+  const Tensor half_mean = stats[0] * -0.5, rounded = half_mean.to(dtype);
+  Tensor half = at::add(along_stats(rounded, x, groups), x, 0.5);
+  // What rounding takes from the mean, for channels far from zero; running statistics have fewer bits.
+  if (training && dtype != at::kDouble) half = half + along_stats((half_mean - rounded).to(dtype), x, groups);
   Tensor invstd = along_stats(stats[1].to(dtype), x, groups);
   if (training && x_.requires_grad()) {
     // These terms are zero; they only make the statistics differentiable functions of x. The variance is relative to

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from cases import LAYOUTS
-from support import batch_norm, batch_norm_backward
+from support import batch_norm, batch_norm_backward, ops
 
 INPUTS = [((4, 3), "contiguous"), ((2, 3, 2, 3), "contiguous"), ((2, 3, 2, 3), "channels_last")]
 
@@ -129,3 +129,21 @@ def test_gradient_of_a_graph_is_finite_where_the_plain_one_is(dtype, scale, eps,
     # some ten roundings: of the terms in float32 or float64, and of the result to the dtype of x
     bound = 10 * torch.finfo(dtype).eps * plain.abs().max().item()
     torch.testing.assert_close(graph.detach(), plain, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("groups, centred", [(0, True), (2, True), (2, False)])
+def test_gradient_of_a_graph_of_channels_far_from_zero(groups, centred, device):
+    """The mean was rounded to float32: at a million standard deviations 2% of the values."""
+    x = (1e6 + torch.randn(8, 4, 6, 6, dtype=torch.float64)).float().to(device)
+    weight, dy, other = (torch.randn(size, device=device) for size in (4, x.shape, x.shape))
+
+    def run(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, dy)]
+        y, _ = ops.batch_norm(*leaves[:2], None, None, None, True, 1e-5, groups, centred)
+        dx, dweight = torch.autograd.grad(y, leaves[:2], leaves[2], create_graph=True)
+        return dx, dweight, *torch.autograd.grad((dx * other).sum(), leaves)
+
+    for found, wanted in zip(run(torch.float32), run(torch.float64), strict=True):
+        # some ten roundings of terms, of which hundreds are added up
+        bound = 20 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)

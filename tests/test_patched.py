@@ -1,5 +1,7 @@
 """A program may put ours in the place of torch's: nothing calls itself without end."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,18 @@ def test_sync_batch_norm_in_the_place_of_torchs(monkeypatch):
     x = torch.randn(4, 3, 2, 2)
     assert_bitwise("y", nn.SyncBatchNorm(3)(x), batchnorm_ext.BatchNorm2d(3)(x))
     assert isinstance(batchnorm_ext.convert(native(3)), native)
+
+
+def _synchronize():
+    layer, x = batchnorm_ext.SyncBatchNorm(3), torch.randn(4, 3)
+    expected = layer(x)
+    for name in ("batch_norm", "_verify_batch_size"):
+        with mock.patch.object(F, name):
+            assert_bitwise("y", layer(x), expected)
+
+
+def test_sync_batch_norm_calls_no_function_that_may_be_replaced(ranks):
+    ranks(2).run(_synchronize)
 
 
 class Twice(batchnorm_ext.BatchNorm2d):

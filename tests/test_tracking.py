@@ -109,10 +109,19 @@ def test_repeated_forward_with_a_counter_of_another_dtype(momentum, use_reentran
 def test_channels_that_are_alike_have_fingerprints_of_their_own():
     """A sum of bits modulo 2 is zero for any statistics that come in pairs."""
     stats = torch.randn(2, 1, dtype=torch.float64).expand(2, 4).contiguous()
-    prints = [
-        _tracking._fingerprint(s).item() for s in (stats, 2 * stats, stats + 1, stats.flip(0))
-    ]
+    several = torch.stack([stats, 2 * stats, stats + 1, stats.flip(0)])
+    prints = _tracking._fingerprints(several).tolist()
     assert len(set(prints)) == 4 and 0 not in prints
+
+
+def test_last_batches_are_remembered_whatever_their_sizes(monkeypatch):
+    """As those of instance normalization, where each sample has statistics."""
+    monkeypatch.setattr(_tracking, "_MOST", 128)
+    history = _tracking._History(torch.device("cpu"))
+    batches = [torch.randn(2, 3 + i // 100, dtype=torch.float64) for i in range(300)]
+    for stats in batches:
+        history.add(stats)
+    assert [history.has(stats).item() for stats in batches] == [False] * 172 + [True] * 128
 
 
 class Revisited(torch.autograd.Function):
@@ -262,11 +271,14 @@ def test_inference_tensors_that_autograd_cannot_save_move_no_statistics(kind, de
 
 
 def test_statistics_of_many_forwards_are_not_kept(device):
-    """8 bytes of each; once it was the statistics themselves, 64 KB each."""
+    """8 bytes of each in the end; once it was the statistics themselves, 64 KB each."""
     layer = batchnorm_ext.BatchNorm1d(4096).to(device)
     with torch.no_grad():
         for _ in range(100):
             layer(torch.randn(2, 4096, device=device))
     history = _tracking._histories[layer.running_mean]
-    assert history.count == 100
+    assert history.count + len(history.waiting) == 100
+    assert sum(stats.nbytes for stats in history.waiting) <= 64 << 10
+    history.has(torch.zeros(2, 4096, dtype=torch.float64, device=device))
+    assert history.count == 100 and not history.waiting
     assert history.fingerprints.untyped_storage().nbytes() == 128 * 8

@@ -40,6 +40,16 @@ def _(lib):
     return both_modes(lib, run)
 
 
+@situation("training in inference_mode, then with no_grad, then with gradients")
+def _(lib):
+    layer, x = numbered(lib.BatchNorm2d(3)), batch(4, 3, 2, 2)
+    with torch.inference_mode():
+        found = [layer(x) for _ in range(3)]
+    with torch.no_grad():
+        found.append(layer(x + 1))
+    return found, step(layer, x)
+
+
 @situation("inference tensors used outside")
 def _(lib):
     def run(training):
