@@ -6,7 +6,8 @@ from torch import Tensor
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from batchnorm_ext._normalize import call_or_log, normalize
+from batchnorm_ext._normalize import by_operator, normalize
+from batchnorm_ext._rows import layer_norm_of_channels, root_mean_square
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -188,18 +189,11 @@ def group_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if (
-            isinstance(num_groups, int)
-            and not isinstance(num_groups, bool)
-            and num_groups > 0
-            and not _ops.leaves_process()
-            and _ops.takes(GROUP_NORM, input, weight, bias)
-        ):
+        output = None
+        if isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0:
             arguments = (input, weight, bias, None, None, True, eps, num_groups)
-            output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
-            if output is not None:
-                return output
-        return GROUP_NORM(input, num_groups, weight, bias, eps)
+            output = by_operator(GROUP_NORM, (input, weight, bias), _ops.batch_norm, *arguments)
+        return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -243,54 +237,12 @@ def layer_norm(
         tensor(True)
     """
     if channel_dim is not None:
-        return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
+        return layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(LAYER_NORM, input, weight, bias):
-            arguments = (input, normalized_shape, weight, bias, True, eps)
-            output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
-            if output is not None:
-                return output
-        return LAYER_NORM(input, normalized_shape, weight, bias, eps)
+        arguments = (input, normalized_shape, weight, bias, True, eps)
+        output = by_operator(LAYER_NORM, (input, weight, bias), _ops.layer_norm, *arguments)
+        return LAYER_NORM(input, normalized_shape, weight, bias, eps) if output is None else output
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
-def _layer_norm_of_channels(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channel_dim: int,
-) -> Tensor:
-    if channel_dim != 1:
-        raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
-    if not torch.jit.is_scripting():
-        if (
-            not _ops.leaves_process()
-            and _ops.takes(LAYER_NORM, input, weight, bias)
-            and input.dim() > 2
-            and input.shape[1:2] == tuple(normalized_shape)
-        ):
-            x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
-            arguments = (x, weight, bias, None, None, True, eps, x.size(1), True, 2)
-            output = call_or_log(LAYER_NORM, _ops.batch_norm, *arguments)
-            if output is not None:
-                return output.transpose(1, 2).reshape(input.shape)
-        rows = input.movedim(1, -1)
-        return LAYER_NORM(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
-    rows = input.movedim(1, -1)
-    return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
-
-
-# PyTorch's versions differ: of a half precision the default is its own or that of float32.
-_HALF_HAS_ITS_OWN = F.rms_norm(torch.full((1,), 1e-3, dtype=torch.bfloat16), (1,)).item() < 0.5
-
-
-def default_rms_eps(dtype: torch.dtype) -> float:
-    """What ``torch.nn.functional.rms_norm`` adds to the mean square if ``eps`` is None."""
-    if dtype.itemsize < 4 and not _HALF_HAS_ITS_OWN:
-        dtype = torch.float32
-    return torch.finfo(dtype).eps
 
 
 def rms_norm(
@@ -328,13 +280,9 @@ def rms_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if not _ops.leaves_process() and _ops.takes(RMS_NORM, input, weight):
-            least = default_rms_eps(input.dtype) if eps is None else eps
-            arguments = (input, normalized_shape, weight, None, False, least)
-            output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)
-            if output is not None:
-                return output
-        return RMS_NORM(input, normalized_shape, weight, eps)
+        arguments = (input, normalized_shape, weight, eps)
+        output = by_operator(RMS_NORM, (input, weight), root_mean_square, *arguments)
+        return RMS_NORM(input, normalized_shape, weight, eps) if output is None else output
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 

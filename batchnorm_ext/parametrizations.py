@@ -6,7 +6,7 @@ from torch.nn.utils import parametrizations
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import WEIGHT_NORM
-from batchnorm_ext._normalize import call_or_log
+from batchnorm_ext._normalize import by_operator
 
 __all__ = ["weight_norm"]
 
@@ -47,14 +47,14 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 class _WeightNorm(_Native):
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not _ops.leaves_process() and _ops.takes(WEIGHT_NORM, weight_v, weight_g):
-                weight = _normalized(weight_v, weight_g, self.dim)
-                if weight is not None:
-                    return weight
+            tensors = (weight_v, weight_g)
+            weight = by_operator(WEIGHT_NORM, tensors, _normalized, *tensors, self.dim)
+            if weight is not None:
+                return weight
         return torch._weight_norm(weight_v, weight_g, self.dim)
 
 
-def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
+def _normalized(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
     """Channels of ``v.view(before, norms, after)`` by the root of their mean square."""
     whole = dim == -1
     if (
@@ -68,6 +68,5 @@ def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
     # norm = root mean square * root of the number of elements; halves would round the factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
-    arguments = (x, scale, None, None, None, True, 0.0, 0, False)
-    y = call_or_log(WEIGHT_NORM, _ops.batch_norm, *arguments)
-    return None if y is None else y.view(v.shape)
+    y, stats = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False)
+    return y.view(v.shape), stats

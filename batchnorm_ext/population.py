@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_ext._moments import Moments
+from batchnorm_ext._streams import Moments
 from batchnorm_ext.sync import SyncBatchNorm
 
 __all__ = ["as_affine", "update_population_stats"]
