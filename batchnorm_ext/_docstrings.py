@@ -112,7 +112,8 @@ Args:
     + _CREATED.lstrip("\n")
     + _TENSORS
     + """\
-    ValueError: a number of groups that does not divide that of the channels; one element in all."""
+    ValueError: a number of groups that does not divide that of the channels; a single sample with
+        one element per group."""
     + _MISFIT
 )
 

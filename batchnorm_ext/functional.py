@@ -176,7 +176,7 @@ def group_norm(
         Tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
-        ValueError: one element per statistic.
+        ValueError: a single sample with one element per group.
         RuntimeError: sizes, dtypes or devices that do not fit together.
 
         These are PyTorch's errors.
