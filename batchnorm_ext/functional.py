@@ -106,8 +106,8 @@ def instance_norm(
     Stylization*, 2016, equation 2.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
-            output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
+            format; the output keeps it. Any other input is handed to PyTorch's function.
         running_mean, running_var: ``(C,)``, or both None. With ``use_input_stats`` they move to the
             average of the statistics over the samples by ``momentum``, the variance to the unbiased
             one.
@@ -166,8 +166,8 @@ def group_norm(
     *Group Normalization*, 2018, equations 1, 2 and 7.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
-            output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
+            format; the output keeps it. Any other input is handed to PyTorch's function.
         num_groups: number of groups, which divides C.
         weight, bias: gamma and beta, ``(C,)``, float32 or of input's dtype.
         eps: added to the variance.
@@ -215,7 +215,7 @@ def layer_norm(
 
     Args:
         input: ``(*, *normalized_shape)`` or, with ``channel_dim``, ``(N, C, *)``, in float32,
-            float64, bfloat16 or float16. Any other input is handed to PyTorch's function.
+            float64, bfloat16 or float16, on a CPU. Any other input is handed to PyTorch's function.
         normalized_shape: sizes of the last dimensions, or ``(C,)``.
         weight, bias: gamma and beta of that shape, float32 or of input's dtype.
         eps: added to the variance.
@@ -259,8 +259,8 @@ def rms_norm(
     Normalization*, 2019, equation 4.
 
     Args:
-        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
-            is handed to PyTorch's function.
+        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16, on a CPU. Any
+            other input is handed to PyTorch's function.
         normalized_shape: sizes of the last dimensions.
         weight: gamma of that shape, float32 or of input's dtype.
         eps: added to the mean square. Default: the machine epsilon of the dtype that the statistics

@@ -30,7 +30,12 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         dim: the dimension that each index of has a norm of its own; None: one for all.
 
     Returns:
-        ``module``.
+        ``module``. Its weight has the dtype of v. Other devices than CPUs, and other dtypes, are
+        computed by PyTorch's own function.
+
+    Raises:
+        ValueError: a module without the parameter ``name``.
+        IndexError: a ``dim`` that the parameter does not have.
 
     Example::
 

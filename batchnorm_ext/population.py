@@ -166,6 +166,8 @@ def _with_progress(loader: Iterable, num_batches: int | None) -> Iterable:
 def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of a normalization in evaluation: ``y = x * scale + shift`` per channel.
 
+    Source: Ioffe & Szegedy, *Batch Normalization*, 2015, algorithm 2, line 11.
+
     Args:
         norm: a batch or instance normalization with running statistics, of ``torch.nn`` or of this
             library, in any mode.
