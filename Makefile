@@ -19,7 +19,7 @@ stamp = $(shell printf %s '$1' | tr -c '[:alnum:].' _)
 INSTALLED := $(VENV)/.torch-$(call stamp,$(TORCH))
 BUILT := build/.built-$(call stamp,$(VENV))
 CODE := $(shell find csrc -type f)
-TEST_CODE := $(shell find tests -name '*.h' -o -name '*.cpp') $(wildcard benchmarks/*.cpp benchmarks/*.cu)
+TEST_CODE := $(shell find tests -name '*.h' -o -name '*.cpp') $(wildcard benchmarks/*.cpp)
 RUNS = build/bench
 MINUTES ?= 40
 
@@ -54,6 +54,7 @@ test: $(BUILT) $(VENV)/.test
 # Both sides of each comparison under glibc, then under tcmalloc.
 bench: $(BUILT) $(VENV)/.bench
 	$(PY) benchmarks/bench.py --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
+	$(PY) benchmarks/bench.py --family --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/model.py --allocator both --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/model.py --settings --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/bench_sync.py --allocator tcmalloc --out $(RUNS) $(BENCH)

@@ -12,11 +12,11 @@ _STANDARDIZED = r"""
 
 _AFFINE = """
     affine: whether the layer has ``weight`` (gamma, at first 1) and ``bias`` (beta, at first 0).
-        Default: %s.
+        Default: {affine}.
 """
 
 _CREATED = """
-    device, dtype: of parameters and running statistics.
+    device, dtype: of {state}.
     bias: whether there is a ``bias`` beside the ``weight``, if this version of PyTorch has the
         argument. Default: True.
 """
@@ -27,14 +27,16 @@ Shape:
     Output: the same, in the dtype and memory format of the input.
 
 Dtypes:
-    Input: float32, float64, bfloat16 or float16. Parameters and running statistics: float32 or the
-    dtype of the input. Other dtypes, layouts and devices are computed by PyTorch's own function.
+    Input: float32, float64, bfloat16 or float16.
+    {State}: float32 or the dtype of the input.
+    Other dtypes, layouts and devices are computed by PyTorch's own function.
 
 Raises:
 """
 
 _MISFIT = """
-    RuntimeError: sizes, dtypes or devices of input and parameters that do not fit together.
+    RuntimeError: sizes, dtypes or devices of input and parameters that do not fit together, as an
+        integer input.
 """
 
 BATCH = (
@@ -53,7 +55,7 @@ Args:
     eps: added to the variance; positive in training. Default: 1e-5.
     momentum: share of the batch in the new running statistics; None averages over all batches.
         Default: 0.1."""
-    + _AFFINE % True
+    + _AFFINE
     + """\
     track_running_stats: whether the layer has running statistics; without them it uses those of
         the batch in evaluation, too. Default: True."""
@@ -85,13 +87,13 @@ Args:
     num_features: C, the number of channels.
     eps: added to the variance. Default: 1e-5.
     momentum: share of the input in the new running statistics. Default: 0.1."""
-    + _AFFINE % False
+    + _AFFINE
     + """\
-    track_running_stats: whether the layer has running statistics. Default: False."""
+    track_running_stats: whether the layer has running statistics. Default: {tracks}."""
     + _CREATED
     + _TENSORS
     + """\
-    ValueError: an input of another number of dimensions, or with another number of channels; one
+    ValueError: an input of another number of dimensions, or, with ``affine``, of channels; one
         element per sample and channel."""
     + _MISFIT
 )
@@ -105,14 +107,15 @@ PyTorch's own.
 Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2, 7.
 
 Args:
-    num_groups: number of groups, which divides the number of channels.
+    num_groups: number of groups, which divides ``num_channels``.
     num_channels: C, the number of channels.
     eps: added to the variance. Default: 1e-5."""
-    + _AFFINE % True
+    + _AFFINE
     + _CREATED.lstrip("\n")
     + _TENSORS
     + """\
-    ValueError: a number of groups that does not divide that of the channels; one element in all."""
+    ValueError: a ``num_groups`` that does not divide ``num_channels``; a single sample with one
+        element per group."""
     + _MISFIT
 )
 
@@ -139,8 +142,11 @@ Args:"""
         ConvNeXt (Liu et al., *A ConvNet for the 2020s*, 2022); the output keeps the memory format.
         Default: None, the last dimensions."""
     + _CREATED
-    + _ROW_TENSORS
-    + _MISFIT.lstrip("\n")
+    + _ROW_TENSORS.replace(
+        "``.\n    Output", "``, or ``(N, C, *)`` with ``channel_dim``.\n    Output"
+    )
+    + "    ValueError: a ``channel_dim`` other than None and 1, or 1 with several sizes."
+    + _MISFIT
 )
 
 RMS = (
@@ -155,7 +161,7 @@ https://arxiv.org/abs/1910.07467, equation 4.
 Args:"""
     + _ROWS
     % (
-        "added to the mean square. Default: that of PyTorch's function.",
+        "added to the mean square. Default: the machine epsilon, as in PyTorch's function.",
         "``weight`` (at first 1)",
     )
     + "\n    device, dtype: of the parameter.\n"
@@ -174,8 +180,14 @@ def documented(shape: str, details: str = BATCH) -> Callable[[Layer], Layer]:
         if layer.__doc__ is None:  # python -OO
             return layer
         summary, example = inspect.cleandoc(layer.__doc__).split("\n\n", 1)
-        text = details.replace("{shape}", shape)
-        if "num_features" not in inspect.signature(layer).parameters:  # lazy
+        defaults = {n: p.default for n, p in inspect.signature(layer).parameters.items()}
+        state = "parameters" + " and running statistics" * ("track_running_stats" in defaults)
+        values = {"shape": shape, "state": state, "State": state.capitalize()}
+        values |= {"affine": defaults.get("affine"), "tracks": defaults.get("track_running_stats")}
+        text = details
+        for name, value in values.items():
+            text = text.replace(f"{{{name}}}", str(value))
+        if "num_features" not in defaults:  # lazy
             text = text.replace("    num_features: C, the number of channels.\n", "")
         layer.__doc__ = f"{summary}\n{text}\n{example}\n"
         return layer

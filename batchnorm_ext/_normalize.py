@@ -54,15 +54,24 @@ def normalize(
     return _by_torch(native, *tensors, *batches, training, momentum, eps)
 
 
-def call_or_log(native: Native, operator: Callable, *arguments) -> Tensor | None:
-    """The output of an operator that writes nothing, or None if it refuses these arguments."""
+def by_operator(
+    native: Native, tensors: tuple[Tensor | None, ...], operator: Callable, *arguments
+) -> Tensor | None:
+    """The first output of an operator that writes nothing, or None where the call is torch's own.
+
+    ``tensors``: those among the arguments, the input first. ``operator`` may be a function around
+    one, which returns None where it has nothing to compute.
+    """
+    if _ops.leaves_process() or not _ops.takes(native, *tensors):
+        return None
     try:
-        return operator(*arguments)[0]
+        outputs = operator(*arguments)
     except RuntimeError as error:
         if not _ops.is_refusal(error) or torch.compiler.is_compiling():
             raise
         _ops.log_once(native.name, str(error).partition("\n")[0])
         return None
+    return None if outputs is None else outputs[0]
 
 
 NUMBER = (float, int)

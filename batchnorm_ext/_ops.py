@@ -233,7 +233,7 @@ def show_config() -> str:
 
         >>> print(batchnorm_ext.show_config())
         batchnorm_ext 0.1.0
-        built for torch 2.13.0+cpu, loaded by torch 2.13.0+cpu
+        built for torch ..., loaded by torch ...
         ...
     """
     import batchnorm_ext

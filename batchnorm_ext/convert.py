@@ -47,7 +47,9 @@ def convert(module: Module, norms: Iterable[type[nn.Module]] | None = None) -> M
 
     Example::
 
-        >>> model = batchnorm_ext.convert(torchvision.models.resnet50())
+        >>> model = batchnorm_ext.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(model[1])
+        <class 'batchnorm_ext.modules.BatchNorm2d'>
     """
     chosen = tuple(_OURS) if norms is None else tuple(norms)
     if unknown := [kind for kind in chosen if kind not in _OURS]:
@@ -83,8 +85,9 @@ def convert_sync_batchnorm(
 
     Example::
 
-        >>> model = batchnorm_ext.convert_sync_batchnorm(model)
-        >>> model = torch.nn.parallel.DistributedDataParallel(model)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> type(batchnorm_ext.convert_sync_batchnorm(model)[1])  # then DistributedDataParallel
+        <class 'batchnorm_ext.sync.SyncBatchNorm'>
     """
 
     ours = tuple(_OURS[native] for native in _BATCH_NORMS)
@@ -130,8 +133,9 @@ def revert(module: Module) -> Module:
 
     Example::
 
-        >>> # can be loaded where batchnorm_ext is not installed
-        >>> torch.save(batchnorm_ext.revert(model), "model.pt")
+        >>> model = batchnorm_ext.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(batchnorm_ext.revert(model)[1])  # to save it for where batchnorm_ext is not
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
 
     def become_native(layer: nn.Module, kind: type, name: str) -> type | None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from batchnorm_ext._normalize import NUMBER, call_or_log, normalize
+from batchnorm_ext._normalize import NUMBER, by_operator, normalize
+from batchnorm_ext._rows import layer_norm_of_channels, root_mean_square
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -105,8 +106,8 @@ def instance_norm(
     Stylization*, 2016, equation 2.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
-            output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
+            format; the output keeps it. Any other input is handed to PyTorch's function.
         running_mean, running_var: ``(C,)``, or both None. With ``use_input_stats`` they move to the
             average of the statistics over the samples by ``momentum``, the variance to the unbiased
             one.
@@ -167,8 +168,8 @@ def group_norm(
     *Group Normalization*, 2018, equations 1, 2 and 7.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
-            output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
+            format; the output keeps it. Any other input is handed to PyTorch's function.
         num_groups: number of groups, which divides C.
         weight, bias: gamma and beta, ``(C,)``, float32 or of input's dtype.
         eps: added to the variance.
@@ -177,7 +178,7 @@ def group_norm(
         Tensor of the shape, dtype and memory format of ``input``.
 
     Raises:
-        ValueError: one element per statistic.
+        ValueError: a single sample with one element per group.
         RuntimeError: sizes, dtypes or devices that do not fit together.
 
         These are PyTorch's errors.
@@ -190,19 +191,12 @@ def group_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if (
-            isinstance(num_groups, int)
-            and not isinstance(num_groups, bool)
-            and num_groups > 0
-            and isinstance(eps, NUMBER)
-            and not _ops.leaves_process()
-            and _ops.takes(GROUP_NORM, input, weight, bias)
-        ):
+        output = None
+        usual = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
+        if usual and isinstance(eps, NUMBER):
             arguments = (input, weight, bias, None, None, True, eps, num_groups)
-            output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
-            if output is not None:
-                return output
-        return GROUP_NORM(input, num_groups, weight, bias, eps)
+            output = by_operator(GROUP_NORM, (input, weight, bias), _ops.batch_norm, *arguments)
+        return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -224,7 +218,7 @@ def layer_norm(
 
     Args:
         input: ``(*, *normalized_shape)`` or, with ``channel_dim``, ``(N, C, *)``, in float32,
-            float64, bfloat16 or float16. Any other input is handed to PyTorch's function.
+            float64, bfloat16 or float16, on a CPU. Any other input is handed to PyTorch's function.
         normalized_shape: sizes of the last dimensions, or ``(C,)``.
         weight, bias: gamma and beta of that shape, float32 or of input's dtype.
         eps: added to the variance.
@@ -246,59 +240,14 @@ def layer_norm(
         tensor(True)
     """
     if channel_dim is not None:
-        return _layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
+        return layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
-        if (
-            isinstance(eps, NUMBER)
-            and not _ops.leaves_process()
-            and _ops.takes(LAYER_NORM, input, weight, bias)
-        ):
+        output = None
+        if isinstance(eps, NUMBER):
             arguments = (input, normalized_shape, weight, bias, True, eps)
-            output = call_or_log(LAYER_NORM, _ops.layer_norm, *arguments)
-            if output is not None:
-                return output
-        return LAYER_NORM(input, normalized_shape, weight, bias, eps)
+            output = by_operator(LAYER_NORM, (input, weight, bias), _ops.layer_norm, *arguments)
+        return LAYER_NORM(input, normalized_shape, weight, bias, eps) if output is None else output
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
-def _layer_norm_of_channels(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    channel_dim: int,
-) -> Tensor:
-    if channel_dim != 1:
-        raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
-    if not torch.jit.is_scripting():
-        if (
-            isinstance(eps, NUMBER)
-            and not _ops.leaves_process()
-            and _ops.takes(LAYER_NORM, input, weight, bias)
-            and input.dim() > 2
-            and input.shape[1:2] == tuple(normalized_shape)
-        ):
-            x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
-            arguments = (x, weight, bias, None, None, True, eps, x.size(1), True, 2)
-            output = call_or_log(LAYER_NORM, _ops.batch_norm, *arguments)
-            if output is not None:
-                return output.transpose(1, 2).reshape(input.shape)
-        rows = input.movedim(1, -1)
-        return LAYER_NORM(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
-    rows = input.movedim(1, -1)
-    return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
-
-
-# PyTorch's versions differ: of a half precision the default is its own or that of float32.
-_HALF_HAS_ITS_OWN = F.rms_norm(torch.full((1,), 1e-3, dtype=torch.bfloat16), (1,)).item() < 0.5
-
-
-def default_rms_eps(dtype: torch.dtype) -> float:
-    """What ``torch.nn.functional.rms_norm`` adds to the mean square if ``eps`` is None."""
-    if dtype.itemsize < 4 and not _HALF_HAS_ITS_OWN:
-        dtype = torch.float32
-    return torch.finfo(dtype).eps
 
 
 def rms_norm(
@@ -315,8 +264,8 @@ def rms_norm(
     Normalization*, 2019, equation 4.
 
     Args:
-        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16. Any other input
-            is handed to PyTorch's function.
+        input: ``(*, *normalized_shape)`` in float32, float64, bfloat16 or float16, on a CPU. Any
+            other input is handed to PyTorch's function.
         normalized_shape: sizes of the last dimensions.
         weight: gamma of that shape, float32 or of input's dtype.
         eps: added to the mean square. Default: the machine epsilon of the dtype that the statistics
@@ -336,17 +285,11 @@ def rms_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        if (
-            (eps is None or isinstance(eps, NUMBER))
-            and not _ops.leaves_process()
-            and _ops.takes(RMS_NORM, input, weight)
-        ):
-            least = default_rms_eps(input.dtype) if eps is None else eps
-            arguments = (input, normalized_shape, weight, None, False, least)
-            output = call_or_log(RMS_NORM, _ops.layer_norm, *arguments)
-            if output is not None:
-                return output
-        return RMS_NORM(input, normalized_shape, weight, eps)
+        output = None
+        if eps is None or isinstance(eps, NUMBER):
+            arguments = (input, normalized_shape, weight, eps)
+            output = by_operator(RMS_NORM, (input, weight), root_mean_square, *arguments)
+        return RMS_NORM(input, normalized_shape, weight, eps) if output is None else output
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 

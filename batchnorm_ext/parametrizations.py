@@ -6,7 +6,7 @@ from torch.nn.utils import parametrizations
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import WEIGHT_NORM
-from batchnorm_ext._normalize import call_or_log
+from batchnorm_ext._normalize import by_operator
 
 __all__ = ["weight_norm"]
 
@@ -19,8 +19,9 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     .. math:: w = g \frac{v}{\lVert v \rVert}
 
     Source: Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to Accelerate
-    Training of Deep Neural Networks*, 2016, equation 2. The norm is that of the root mean square
-    normalization without its mean: forward and backward are one kernel each.
+    Training of Deep Neural Networks*, 2016, equation 2. Forward and backward are one kernel each:
+    that of the root mean square normalization; for the first and the last dimension, where PyTorch
+    has a kernel of its own that is faster, PyTorch's.
 
     Args:
         module: gets parameters ``parametrizations.<name>.original0`` (g) and ``original1`` (v) in
@@ -30,7 +31,12 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         dim: the dimension that each index of has a norm of its own; None: one for all.
 
     Returns:
-        ``module``.
+        ``module``. Its weight has the dtype of v. Other devices than CPUs, and other dtypes, are
+        computed by PyTorch's own function.
+
+    Raises:
+        ValueError: a module without the parameter ``name``.
+        IndexError: a ``dim`` that the parameter does not have.
 
     Example::
 
@@ -47,19 +53,19 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 class _WeightNorm(_Native):
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not _ops.leaves_process() and _ops.takes(WEIGHT_NORM, weight_v, weight_g):
-                weight = _normalized(weight_v, weight_g, self.dim)
-                if weight is not None:
-                    return weight
+            tensors = (weight_v, weight_g)
+            weight = by_operator(WEIGHT_NORM, tensors, _normalized, *tensors, self.dim)
+            if weight is not None:
+                return weight
         return torch._weight_norm(weight_v, weight_g, self.dim)
 
 
-def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
+def _normalized(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
     """Channels of ``v.view(before, norms, after)`` by the root of their mean square."""
     whole = dim == -1
     if (
         v.numel() == 0
-        or not (whole or 0 <= dim < v.dim())
+        or not (whole or 0 < dim < v.dim() - 1)  # PyTorch has kernels for the first and the last
         or g.numel() != (1 if whole else v.size(dim))
     ):
         return None
@@ -68,6 +74,5 @@ def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
     # norm = root mean square * root of the number of elements; halves would round the factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
-    arguments = (x, scale, None, None, None, True, 0.0, 0, False)
-    y = call_or_log(WEIGHT_NORM, _ops.batch_norm, *arguments)
-    return None if y is None else y.view(v.shape)
+    y, stats = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False)
+    return y.view(v.shape), stats

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm_ext._moments import Moments
+from batchnorm_ext._streams import Moments
 from batchnorm_ext.sync import SyncBatchNorm
 
 __all__ = ["as_affine", "update_population_stats"]
@@ -165,6 +165,8 @@ def _with_progress(loader: Iterable, num_batches: int | None) -> Iterable:
 
 def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of a normalization in evaluation: ``y = x * scale + shift`` per channel.
+
+    Source: Ioffe & Szegedy, *Batch Normalization*, 2015, algorithm 2, line 11.
 
     Args:
         norm: a batch or instance normalization with running statistics, of ``torch.nn`` or of this

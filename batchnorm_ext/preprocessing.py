@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm_ext._moments import Moments
+from batchnorm_ext._streams import Extremes, Moments
 
 __all__ = ["MinMaxScaler", "NotFittedError", "StandardScaler"]
 
@@ -159,14 +159,14 @@ class StandardScaler(_Scaler):
         self.with_mean, self.with_std = with_mean, with_std
 
     def _update(self, values: Tensor) -> "StandardScaler":
-        moments = self._moments(values).over_ranks(self.process_group)
+        moments = Moments.of_known(values.double()).over_ranks(self.process_group)
         if self._is_fitted():
             moments = self._so_far().merged(moments)
         mean = torch.where(moments.count > 0, moments.mean, torch.nan)
         return self._keep(
             mean_=mean if self.with_mean or self.with_std else None,
             var_=moments.variance if self.with_std else None,
-            scale_=_scale_of(moments) if self.with_std else None,
+            scale_=moments.scale if self.with_std else None,
             n_samples_seen_=moments.count.long(),
         )
 
@@ -176,16 +176,6 @@ class StandardScaler(_Scaler):
         mean, var = (torch.zeros_like(count) if t is None else t for t in (self.mean_, self.var_))
         seen = count > 0
         return Moments(count, mean.where(seen, 0), (var * count).where(seen, 0))
-
-    @staticmethod
-    def _moments(values: Tensor) -> Moments:
-        values = values.double()
-        moments = Moments.of(values)
-        if not moments.mean.isnan().any():
-            return moments
-        count = (~values.isnan()).sum(0).double()
-        mean = values.nansum(0) / count.clamp(min=1)
-        return Moments(count, mean, (values - mean).square().nansum(0))
 
     def transform(self, X: Tensor) -> Tensor:
         """``(X - mean_) / scale_``, computed in float64 and rounded to the dtype of X."""
@@ -209,17 +199,6 @@ class StandardScaler(_Scaler):
 
     def extra_repr(self) -> str:
         return f"with_mean={self.with_mean}, with_std={self.with_std}"
-
-
-def _scale_of(moments: Moments) -> Tensor:
-    """The standard deviation, or 1 for a feature that is constant up to rounding.
-
-    The bound is the rounding of a variance from n values (Chan, Golub & LeVeque, *Algorithms for
-    computing the sample variance*, 1983, table 1), as in scikit-learn.
-    """
-    n, variance, eps = moments.count, moments.variance, torch.finfo(torch.float64).eps
-    constant = variance <= n * eps * variance + (n * moments.mean * eps).square()
-    return torch.where(constant, 1.0, variance.sqrt())
 
 
 class MinMaxScaler(_Scaler):
@@ -275,22 +254,12 @@ class MinMaxScaler(_Scaler):
         self.feature_range, self.clip = (low, high), clip
 
     def _update(self, values: Tensor) -> "MinMaxScaler":
-        values = values.double()
-        known = ~values.isnan()
-        # an empty batch and a feature of NaN alone have no extremes: inf and -inf, which others win
-        nothing = values.new_full((1, values.size(1)), torch.inf)
-        low = torch.cat([values.where(known, torch.inf), nothing]).amin(0)
-        high = torch.cat([values.where(known, -torch.inf), -nothing]).amax(0)
-        count = known.sum(0)
-        if self.process_group is not None:
-            dist.all_reduce(low, dist.ReduceOp.MIN, self.process_group)
-            dist.all_reduce(high, dist.ReduceOp.MAX, self.process_group)
-            dist.all_reduce(count, dist.ReduceOp.SUM, self.process_group)
+        extremes = Extremes.of_known(values.double()).over_ranks(self.process_group)
         if self._is_fitted():
-            low = torch.fmin(low, self.data_min_)
-            high = torch.fmax(high, self.data_max_)
-            count = count + self.n_samples_seen_
-        low, high = low.where(count > 0, torch.nan), high.where(count > 0, torch.nan)
+            so_far = Extremes(self.n_samples_seen_, self.data_min_, self.data_max_)
+            extremes = so_far.merged(extremes)
+        count = extremes.count
+        low, high = (t.where(count > 0, torch.nan) for t in extremes[1:])
         extent = high - low
         a, b = self.feature_range
         # where sklearn sees a constant: fewer than ten roundings of 1

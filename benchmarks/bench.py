@@ -2,10 +2,12 @@
 
     python benchmarks/bench.py --allocator both --runs 3
     python benchmarks/bench.py --pass forward --dtype fp32 --shapes resnet50
+    python benchmarks/bench.py --family GroupNorm RMSNorm
 
 Writes layers-<allocator>.csv, milliseconds of one call. Outputs and gradients are allocated in each
 call and freed after it, as in training; the clone has such an output as well. `--runs 3` repeats
-everything and keeps the median run of each case.
+everything and keeps the median run of each case. `--family` measures the other norms, forward and
+backward together, also against compiled native layers and formulas by hand: family-<allocator>.csv.
 
 On a GPU, CUDA graphs of many calls are timed, each call on buffers of its own, which together
 exceed the L2 cache. "native" is what PyTorch chooses there, cuDNN included.
@@ -24,41 +26,43 @@ from tqdm import tqdm
 
 import batchnorm_ext
 import environment
+import norms
 import report
 import results
 import timing
-from cases import DTYPES, USUAL_GROUPS, add_case_options, chosen_cases
+from cases import DTYPES, FAMILY, USUAL_GROUPS, add_case_options, chosen_cases, family_cases
 
 
 def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> timing.Call:
     """The call to time, on the module's parameters and running statistics."""
+    leaves = (x, *module.parameters())
+    if what == "module":
+        return lambda: torch.autograd.grad(module(x), leaves, dy)
     w, b, mean, var = module.weight, module.bias, module.running_mean, module.running_var
-    leaves = (x, w, b)
     if what == "forward":
         return lambda: batch_norm(x, mean, var, w, b, True, 0.1, 1e-5)
     if what == "backward":
         y = batch_norm(x, mean, var, w, b, True, 0.1, 1e-5)
         return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    if what == "eval":
-        # Detached instead of no_grad: entering that context costs as much as a small layer.
-        x, w, b = x.detach(), w.detach(), b.detach()
-        return lambda: batch_norm(x, mean, var, w, b, False, 0.1, 1e-5)
-    return lambda: torch.autograd.grad(module(x), leaves, dy)
+    # Detached instead of no_grad: entering that context costs as much as a small layer.
+    x, w, b = x.detach(), w.detach(), b.detach()
+    return lambda: batch_norm(x, mean, var, w, b, False, 0.1, 1e-5)
 
 
-def contestants(what: str, sets: list[tuple]) -> dict[str, list[timing.Call]]:
+def contestants(what: str, case: dict, sets: list[tuple]) -> dict[str, list[timing.Call]]:
     """Name -> a call for each of the sets of (x, dy)."""
     x = sets[0][0]
+    layers = norms.layers(case.get("norm", "BatchNorm"), x.shape)
+    if "norm" in case:  # parameters are of the dtype of the input, as in model.bfloat16()
+        layers = {name: layer.to(x.dtype) for name, layer in layers.items()}
+        torch._dynamo.reset()
+        layers["compiled"] = torch.compile(layers["native"], dynamic=False)
+    functions = {"ours": batchnorm_ext.functional.batch_norm, "native": F.batch_norm}
     calls = {"copy": [x.detach().clone for x, _ in sets]}
-    ours = batchnorm_ext, batchnorm_ext.functional.batch_norm
-    for name, (library, function) in {"ours": ours, "native": (nn, F.batch_norm)}.items():
-        module = layer_of(library, x.shape, x.device)
-        calls[name] = [make_call(what, function, module, *tensors) for tensors in sets]
+    for name, layer in layers.items():
+        parts = what, functions.get(name), layer.to(x.device)
+        calls[name] = [make_call(*parts, *tensors) for tensors in sets]
     return calls
-
-
-def layer_of(library, shape: tuple[int, ...], device) -> nn.Module:
-    return getattr(library, f"BatchNorm{max(len(shape) - 2, 1)}d")(shape[1], device=device)
 
 
 def make_sets(case: dict, device: str) -> list[tuple]:
@@ -68,7 +72,7 @@ def make_sets(case: dict, device: str) -> list[tuple]:
 
     def randn() -> torch.Tensor:
         x = torch.randn(shape, generator=generator, device=device).to(DTYPES[case["dtype"]])
-        return x if case["layout"] == "nchw" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return x.movedim(1, -1).contiguous().movedim(-1, 1) if case["layout"] == "nhwc" else x
 
     x, dy = randn().requires_grad_(), randn()
     more = timing.working_sets(2 * x.nbytes) - 1 if device == "cuda" else 0
@@ -77,8 +81,8 @@ def make_sets(case: dict, device: str) -> list[tuple]:
 
 def measure(case: dict, args: Namespace) -> Iterator[dict]:
     sets = make_sets(case, args.device)
-    for what in args.passes:
-        calls = contestants(what, sets)
+    for what in ["module"] if "norm" in case else args.passes:
+        calls = contestants(what, case, sets)
         if args.device == "cuda":
             replays = {name: timing.capture(each) for name, each in calls.items()}
             times = timing.time_graphs(replays, len(sets), args.rounds)
@@ -88,14 +92,14 @@ def measure(case: dict, args: Namespace) -> Iterator[dict]:
         yield {"pass": what} | case | times
 
 
-def run(args: Namespace) -> None:
-    path, machine = environment.path(args, args.name), environment.machine(args)
-    cases = chosen_cases(args)[:: 12 if args.quick else 1]
+def run(args: Namespace, name: str, cases: list[dict], measure, summary: Callable) -> None:
+    """Measure every case so many times, write the median run of each, and print a summary."""
+    path, machine = environment.path(args, name), environment.machine(args)
     rows: list[dict] = []
     for i in range(args.runs):
         with tqdm(cases, desc=f"run {i + 1} {machine['allocator']}", file=sys.stderr) as bar:
             for case in bar:
-                bar.set_postfix_str("{shape} {dtype} {layout}".format(**case))
+                bar.set_postfix_str(" ".join(map(str, case.values())))
                 try:
                     rows += measure(case, args)
                 except torch.OutOfMemoryError as error:
@@ -104,21 +108,25 @@ def run(args: Namespace) -> None:
                     continue
                 kept = results.median_run(pd.DataFrame(rows))
                 results.write(path, machine, kept)  # a run that is cut short leaves what it has
-    print(f"{path}\n\n{report.layer_report(results.read(path))}")
+    print(f"{path}\n\n{summary(results.read(path))}")
 
 
 def main() -> None:
-    parser = environment.make_parser(__doc__, rounds=9)
+    parser = environment.make_parser(__doc__, rounds=9, runs=True)
     add_case_options(parser, results.PASSES, ["fp32", "bf16"], USUAL_GROUPS)
-    parser.add_argument("--runs", type=int, default=1, help="of which the median is kept")
-    parser.add_argument("--name", default="layers", help="of the CSV file")
+    help = "these norms, or all but BatchNorm, in all of their cases"
+    parser.add_argument("--family", nargs="*", choices=FAMILY, help=help)
+    parser.add_argument("--name", default="layers", help="of the CSV file of BatchNorm")
     args = parser.parse_args()
-    args.rounds = 3 if args.quick else args.rounds
     environment.start(args)
+    if args.family is not None:
+        cases = family_cases(args.family or FAMILY)[:: 7 if args.quick else 1]
+        return run(args, "family", cases, measure, report.family_table)
+    cases = chosen_cases(args)[:: 12 if args.quick else 1]
     # Graphs are captured on a stream that is not the default one. A backward runs on the stream of
     # its forward.
     with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
-        run(args)
+        run(args, args.name, cases, measure, report.layer_report)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,6 @@ def main() -> None:
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     environment.start(args)
-    args.rounds = 3 if args.quick else args.rounds
     path, machine = args.out / "sync.csv", environment.machine(args)
     frames = []
     for ranks in args.ranks:

@@ -1,6 +1,7 @@
-"""The one table of benchmark cases: every BatchNorm layer of two networks, and odd shapes."""
+"""The one table of benchmark cases: BatchNorm layers of two networks, odd shapes, other norms."""
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from math import prod
@@ -20,6 +21,19 @@ ODD = [
     *[(8, 16, 8, 8), (32, 64), (256, 1000), (4096, 64), (1, 64, 56, 56), (4, 17, 13, 13)],
     *[(8, 3, 255, 255), (2, 3, 224, 224), (16, 32, 512), (2, 16, 16, 32, 32), (64, 2048, 1, 1)],
 ]
+
+# The other norms -> dtypes, layouts, shapes: what they are used for, and small ones.
+USUAL = ("fp32", "bf16")
+ROWS = USUAL, ["rows"], [(8192, 1024), (2048, 4096), (50000, 96), (64, 128)]  # transformers
+FAMILY = {
+    # diffusion; nnU-Net, style transfer; ConvNeXt
+    "GroupNorm": (USUAL, LAYOUTS, [(2, 320, 64, 64), (8, 256, 14, 14), (16, 64, 4, 4)]),
+    "InstanceNorm": (USUAL, LAYOUTS, [(2, 32, 64, 128, 128), (4, 64, 256, 256)]),
+    "LayerNorm of channels": (USUAL, LAYOUTS, [(16, 96, 56, 56)]),
+    "LayerNorm": ROWS,
+    "RMSNorm": ROWS,
+    "weight_norm": (DTYPES, ["rows"], [(512, 512, 3, 3), (1024, 4096), (64, 3, 7, 7)]),
+}
 
 
 def layer_shapes(name: str, batch: int = 32, size: int = 224) -> Counter:
@@ -54,13 +68,20 @@ def add_case_options(parser, passes, dtypes, shapes, batch=32) -> None:
 
 def chosen_cases(args) -> list[dict]:
     """The columns of a case in a result file, for these options."""
-    cases = [
+    return [
         {"dtype": dtype, "layout": layout, "shape": shape_name(shape)}
         | {name: layers.get(name, 0) for name in NETWORKS}
         for dtype, layout, batch in product(args.dtype, args.layout, args.batch)
         for shape, layers in all_cases(batch).items()
         if layers.keys() & set(args.shapes)
+        # (N, C) and a single position are the same memory in both layouts.
+        if layout == "nchw" or prod(shape[2:]) > 1
     ]
-    # (N, C) and a single position are the same memory in both layouts.
-    single = {shape_name(shape) for shape in ODD if prod(shape[2:]) == 1}
-    return [case for case in cases if case["layout"] == "nchw" or case["shape"] not in single]
+
+
+def family_cases(norms: Iterable[str]) -> list[dict]:
+    return [
+        {"norm": norm, "dtype": dtype, "layout": layout, "shape": shape_name(shape)}
+        for norm in norms
+        for dtype, layout, shape in product(*FAMILY[norm])
+    ]

@@ -44,6 +44,7 @@ def with_allocator(name: str) -> dict[str, str]:
 def start(args: argparse.Namespace) -> None:
     """Set the threads; start this program again if it has to run under another allocator."""
     torch.set_num_threads(args.threads)
+    args.rounds = min(args.rounds, 3) if args.quick else args.rounds
     gc.freeze()  # later collections need not look at what is there now
     if (name := args.allocator) == "both":
         find_tcmalloc()  # now, not after the first run
@@ -112,13 +113,15 @@ def path(args: argparse.Namespace, name: str) -> Path:
     return args.out / (name + f"-{loaded_allocator()}" * (args.device == "cpu") + ".csv")
 
 
-def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+def make_parser(description: str, rounds: int, runs: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     help = "run under this allocator, or under each in turn (default: the one that is loaded)"
     parser.add_argument("--allocator", choices=(*ALLOCATORS, "both"), help=help)
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved samples per case")
+    if runs:
+        parser.add_argument("--runs", type=int, default=1, help="of which the median is kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=OUT, help="directory of the CSV files")
     parser.add_argument("--quick", action="store_true", help="a smoke run, not a measurement")

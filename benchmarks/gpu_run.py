@@ -1,4 +1,4 @@
-"""Builds, tests, probes, tunes and measures the CUDA kernels on a GPU, in one command.
+"""Builds, tests, tunes and measures the CUDA kernels on a GPU, in one command.
 
     python3 benchmarks/gpu_run.py --minutes 30 --out build/gpu --stages build,layers
 
@@ -110,13 +110,11 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
     # Without PyTorch's cache each tensor is an allocation of its own, and overruns are seen.
     sanitize = f"PATH=$PATH:{home}/bin PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer"
     sanitize += " --error-exitcode 9 --tool {} " + f"{pytest} -x tests/test_cuda.py -k test_plan"
-    nvcc = f"{home}/bin/nvcc -O3 -std=c++20 -arch=sm_{capability.replace('.', '')}"
     build = f"BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST={capability} "
     build += f"MAX_JOBS=${{MAX_JOBS:-$(nproc)}} {python} setup.py --quiet build_ext --inplace"
     bench = f"{python} benchmarks/bench.py --device cuda --rounds 7 --out {out} "
     bench += "--pass forward backward eval --dtype bf16 fp16 fp32 "
     steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50"
-    probe = [f"{nvcc} benchmarks/probes.cu -o build/probes", f"build/probes > {out}/probes.csv"]
     large, usual = "--shapes resnet50 --batch 256", "--shapes resnet50 mobilenetv2 large"
     layers = [f"{bench} --name layers-256 {large}", f"{bench} --name layers-32 {usual}"]
     return [
@@ -124,7 +122,6 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
         Stage("correctness", 12, [f"{pytest} {workers} --maxfail=30 {files}"]),
         Stage("memcheck", 3, [sanitize.format("memcheck")]),
         Stage("racecheck", 3, [sanitize.format("racecheck")]),
-        Stage("probes", 2, probe),
         Stage("tuning", 6, [f"{python} benchmarks/tune.py --batch 256 32 --out {out}"]),
         Stage("layers", 8, layers),
         Stage("training steps", 6, [f"{steps} --batch 128 --dtype bf16"]),

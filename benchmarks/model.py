@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,12 +24,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import batchnorm_ext
 import environment
 import report
 import results
+from bench import run
 from cases import DTYPES
 from networks import NETWORKS
 from timing import interleaved
@@ -62,11 +62,11 @@ def training_step(network: nn.Module, images, labels, dtype: torch.dtype) -> Cal
     return step
 
 
-def measure(name: str, dtype: str, layout: str, args: Namespace, bar: tqdm) -> list[dict]:
+def measure(case: dict, args: Namespace) -> Iterator[dict]:
     """A row for each mode. All contestants are interleaved."""
     torch.manual_seed(0)
-    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    original = NETWORKS[name]().to(args.device, memory_format=memory_format)
+    memory_format = torch.channels_last if case["layout"] == "nhwc" else torch.contiguous_format
+    original = NETWORKS[case["network"]]().to(args.device, memory_format=memory_format)
     size = (args.batch, 3, args.size, args.size)
     images = torch.randn(size, device=args.device).to(memory_format=memory_format)
     labels = torch.randint(1000, (args.batch,), device=args.device)
@@ -76,28 +76,11 @@ def measure(name: str, dtype: str, layout: str, args: Namespace, bar: tqdm) -> l
         native, ours = copy.deepcopy(original), batchnorm_ext.convert(copy.deepcopy(original))
         for key, network in ("native", native), ("ours", ours):
             network = torch.compile(network) if mode == "compiled" else network
-            steps[f"{key} {mode}"] = training_step(network, images, labels, DTYPES[dtype])
-    bar.set_description(f"{name} {dtype} {layout}")
-    times = interleaved(steps, args.rounds, after_sample=bar.update)
-    row = {"network": name, "dtype": dtype, "layout": layout, "batch": args.batch}
-    rows = [
-        row | {"mode": m, "native": times[f"native {m}"], "ours": times[f"ours {m}"]}
-        for m in args.modes
-    ]
-    return [each | {"disturbance": times["disturbance"]} for each in rows]
-
-
-def run(args: Namespace) -> None:
-    path, machine = environment.path(args, "steps"), environment.machine(args)
-    runs = list(product(args.networks, args.dtype, args.layout))
-    rows: list[dict] = []
-    total = len(runs) * 2 * len(args.modes) * (2 + args.rounds)
-    with tqdm(total=total, unit="step", file=sys.stderr) as bar:
-        for each in runs:
-            rows += measure(*each, args, bar)
-            results.write(path, machine, pd.DataFrame(rows))
-    ratios = ", ".join(f"{row['native'] / row['ours']:.2f}" for row in rows)
-    print(f"{path}\n\n{report.step_table(pd.DataFrame(rows))}\n\nx native: {ratios}")
+            steps[f"{key} {mode}"] = training_step(network, images, labels, DTYPES[case["dtype"]])
+    times = interleaved(steps, args.rounds)
+    for mode in args.modes:
+        pair = {"native": times[f"native {mode}"], "ours": times[f"ours {mode}"]}
+        yield case | {"mode": mode} | pair | {"disturbance": times["disturbance"]}
 
 
 def run_settings(args: Namespace) -> None:
@@ -121,7 +104,7 @@ def run_settings(args: Namespace) -> None:
 
 
 def main() -> None:
-    parser = environment.make_parser(__doc__, rounds=7)
+    parser = environment.make_parser(__doc__, rounds=7, runs=True)
     add = partial(parser.add_argument, nargs="+")
     add("--networks", choices=NETWORKS, default=list(NETWORKS))
     add("--dtype", choices=DTYPES, default=["fp32"])
@@ -134,7 +117,12 @@ def main() -> None:
     if args.quick:
         args.batch, args.size, args.rounds = 2, 64, 1
     environment.start(args)
-    (run_settings if args.settings else run)(args)
+    if args.settings:
+        return run_settings(args)
+    columns = ("network", "dtype", "layout", "batch")
+    runs = product(args.networks, args.dtype, args.layout, [args.batch])
+    cases = [dict(zip(columns, values, strict=True)) for values in runs]
+    run(args, "steps", cases, measure, report.step_table)
 
 
 if __name__ == "__main__":

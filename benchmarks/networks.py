@@ -11,35 +11,33 @@ def conv_norm(
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([act(inplace=True)] if act else []))
 
 
-class Bottleneck(nn.Module):
-    """1x1 reduce, 3x3, 1x1 expand by four, added to the (projected) input."""
-
-    def __init__(self, c_in: int, width: int, stride: int):
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module, act: nn.Module):
         super().__init__()
-        c_out = 4 * width
-        layers = conv_norm(c_in, width, 1), conv_norm(width, width, 3, stride)
-        self.body = nn.Sequential(*layers, conv_norm(width, c_out, 1, act=None))
-        same = c_in == c_out and stride == 1
-        self.shortcut = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride, act=None)
-        self.act = nn.ReLU(inplace=True)
+        self.body, self.shortcut, self.act = body, shortcut, act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.body(x) + self.shortcut(x))
 
 
-class InvertedResidual(nn.Module):
+def bottleneck(c_in: int, width: int, stride: int) -> nn.Module:
+    """1x1 reduce, 3x3, 1x1 expand by four, added to the (projected) input."""
+    c_out = 4 * width
+    layers = conv_norm(c_in, width, 1), conv_norm(width, width, 3, stride)
+    body = nn.Sequential(*layers, conv_norm(width, c_out, 1, act=None))
+    same = c_in == c_out and stride == 1
+    shortcut = nn.Identity() if same else conv_norm(c_in, c_out, 1, stride, act=None)
+    return Residual(body, shortcut, nn.ReLU(inplace=True))
+
+
+def inverted_residual(c_in: int, c_out: int, stride: int, expansion: int) -> nn.Module:
     """1x1 expand, 3x3 depthwise, linear 1x1 project; added to the input where the shapes agree."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int):
-        super().__init__()
-        width = c_in * expansion
-        expand = [conv_norm(c_in, width, 1, act=nn.ReLU6)] if expansion != 1 else []
-        depthwise = conv_norm(width, width, 3, stride, groups=width, act=nn.ReLU6)
-        self.body = nn.Sequential(*expand, depthwise, conv_norm(width, c_out, 1, act=None))
-        self.residual = c_in == c_out and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.residual else self.body(x)
+    width = c_in * expansion
+    expand = [conv_norm(c_in, width, 1, act=nn.ReLU6)] if expansion != 1 else []
+    depthwise = conv_norm(width, width, 3, stride, groups=width, act=nn.ReLU6)
+    body = nn.Sequential(*expand, depthwise, conv_norm(width, c_out, 1, act=None))
+    same = c_in == c_out and stride == 1
+    return Residual(body, nn.Identity(), nn.Identity()) if same else body
 
 
 def head(channels: int) -> list[nn.Module]:
@@ -50,7 +48,7 @@ def resnet50() -> nn.Module:
     layers, c_in = [conv_norm(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)], 64
     for width, depth, stride in [(64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)]:
         for i in range(depth):
-            layers.append(Bottleneck(c_in, width, stride if i == 0 else 1))
+            layers.append(bottleneck(c_in, width, stride if i == 0 else 1))
             c_in = 4 * width
     return nn.Sequential(*layers, *head(c_in))
 
@@ -64,7 +62,7 @@ def mobilenetv2() -> nn.Module:
     layers, c_in = [conv_norm(3, 32, 3, 2, act=nn.ReLU6)], 32
     for expansion, channels, depth, stride in MOBILENET:
         for i in range(depth):
-            layers.append(InvertedResidual(c_in, channels, stride if i == 0 else 1, expansion))
+            layers.append(inverted_residual(c_in, channels, stride if i == 0 else 1, expansion))
             c_in = channels
     return nn.Sequential(*layers, conv_norm(c_in, 1280, 1, act=nn.ReLU6), *head(1280))
 

@@ -123,12 +123,12 @@ def family_table(rows: pd.DataFrame) -> str:
     """Each norm, dtype and layout: geometric means over its shapes, and the least."""
     lines = []
     for (norm, kind), group in rows.groupby(["norm", "kind"], sort=False):
+        ratios = group.x, group.hand / group.ours, group.compiled / group.ours, group.over_floor
         value, where = musts.worst(group, "x")
-        compiled = mean(group.compiled / group.ours) if "compiled" in group else float("nan")
-        means = mean(group.x), compiled, mean(group.over_floor)
-        lines.append([f"{norm}, {kind}", *means, f"{value:.2f} at {where.split()[0]}"])
-    header = ["forward and backward", "x native", "x compiled native", "time / floor"]
-    return table(lines, [*header, "least x native"])
+        least = f"{value:.2f} at {where.split()[0]}"
+        lines.append([f"{norm}, {kind}", *map(mean, ratios), least])
+    header = ["forward and backward", "x native", "x by hand", "x compiled native"]
+    return table(lines, [*header, "time / floor", "least x native"])
 
 
 def must_table(verdicts: list[list[str]]) -> str:
@@ -171,7 +171,8 @@ def gpu_block(directory: Path) -> str:
     stages = files["stages"]
     parts = [described(stages.attrs), table(stages.values.tolist(), list(stages))]
     if layers := [rows for name, rows in files.items() if name.startswith("layers")]:
-        rows = pd.concat(layers, ignore_index=True).drop_duplicates(results.CASE)
+        rows = pd.concat(layers, ignore_index=True)
+        rows = rows.drop_duplicates(["pass", "dtype", "layout", "shape"])
         parts += [layer_table(rows), must_table(musts.gpu_verdicts(rows))]
     parts += [step_table(files["steps"])] if "steps" in files else []
     return "\n\n".join(parts)

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CASE = ["pass", "dtype", "layout", "shape"]  # columns that identify a layer measurement
+# Columns that identify a measurement, as far as a file has them.
+CASE = ("network", "mode", "batch", "norm", "pass", "dtype", "layout", "shape")
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes of an element
 LAYOUTS = ("nchw", "nhwc")
 NETWORKS = {"resnet50": "ResNet-50", "mobilenetv2": "MobileNetV2"}
@@ -48,7 +49,7 @@ def derive(rows: pd.DataFrame) -> pd.DataFrame:
 
 def median_run(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each case the run with the median speed-up, whose times were taken side by side."""
-    keys = [rows[column] for column in (*CASE, "norm") if column in rows]
+    keys = [rows[column] for column in CASE if column in rows]
     ratios = (rows.native / rows.ours).groupby(keys, sort=False)
     return rows[ratios.rank(method="first") == (ratios.transform("size") + 1) // 2]
 

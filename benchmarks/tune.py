@@ -17,8 +17,9 @@ import batchnorm_ext
 import environment
 import results
 import timing
-from bench import layer_of, make_call, make_sets
+from bench import make_call, make_sets
 from cases import add_case_options, chosen_cases
+from norms import layer_of
 from plan import Gpu, Request, plans
 
 AT_ONCE = 6  # graphs, each of which has its outputs in memory
@@ -50,7 +51,7 @@ class Search:
     times: dict[str, float] = field(default_factory=dict)
 
     def replay(self, override: str) -> timing.Call:
-        module = layer_of(batchnorm_ext, self.request.shape, "cuda")
+        module = layer_of(batchnorm_ext, "BatchNorm", self.request.shape).cuda()
         operands = self.request.what, batchnorm_ext.functional.batch_norm, module
         before = torch.ops.batchnorm_ext._override_cuda_plan(override)
         try:

@@ -64,25 +64,40 @@ def draw_bars(axes: Axes, result: Result) -> None:
 
 
 def draw_clouds(axes: Axes, result: Result) -> None:
-    before, after = result.data["before"], result.data["after"]
-    axes.scatter(*after.T, s=4, label="after (left, bottom axes)")
-    other = axes.twinx().twiny()
-    other.scatter(*before.T, s=4, color="#D55E00", alpha=0.3)
-    axes.scatter([], [], color="#D55E00", label="before (right, top axes)")
+    """Before and after on the same axes, with arrows of the standard deviations at the means."""
+    for when, marker, alpha in (("before", "o", 0.35), ("after", "x", 0.8)):
+        clouds = result.data[when]
+        for cloud, color in zip(clouds, COLORS.values(), strict=True):
+            axes.scatter(*cloud.T, s=10, marker=marker, color=color, alpha=alpha, lw=0.7)
+        points = torch.cat(clouds)
+        mean, std = points.mean(0).tolist(), points.std(0).tolist()
+        axes.errorbar(*mean, xerr=std[0], yerr=std[1], color="black", capsize=4, lw=2)
+        axes.annotate(f"{when}\nmean and std", mean, (8, 8), textcoords="offset points")
+    axes.axhline(0, color="gray", lw=0.5)
+    axes.axvline(0, color="gray", lw=0.5)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set(xlabel="first feature", ylabel="second feature")
 
 
 def draw_descent(axes: Axes, result: Result) -> None:
-    """Both in units of the solution, about which the loss is drawn."""
-    for (name, (path, hessian, best)), color in zip(
-        result.data["paths"].items(), ("#D55E00", "#0072B2"), strict=True
+    """Side by side, each with the contours of its loss around the solution."""
+    axes.set_axis_off()
+    for (name, (path, hessian, best)), color, left in zip(
+        result.data["paths"].items(), ("#D55E00", "#0072B2"), (0.04, 0.54), strict=True
     ):
-        unit = path / best
-        axes.plot(*unit.T, ".-", color=color, lw=0.8, label=f"{name}, {len(path)} steps")
-        grid = torch.linspace(-0.5, 2, 80, dtype=torch.float64)
-        at = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1) * best - best
+        part = axes.inset_axes((left, 0.06, 0.44, 0.84))
+        radius = 1.25 * best.norm()
+        grid = torch.linspace(-1, 1, 120, dtype=torch.float64) * radius
+        at = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)
         loss = torch.einsum("...i,ij,...j->...", at, hessian, at)
-        axes.contour(grid, grid, loss / loss.max(), [0.01, 0.1, 0.4], colors=color, linewidths=0.6)
-    axes.set(xlabel="first weight / best", ylabel="second weight / best")
+        levels = (loss.max() * 0.5 ** torch.arange(14, 0, -1)).tolist()
+        part.contour(grid + best[0], grid + best[1], loss, levels, cmap="Greys_r", linewidths=0.7)
+        part.plot(*path.T, ".-", color=color, lw=1.2, ms=4)
+        part.plot(*best, "*", color="black", ms=9)
+        part.set_title(f"{name} features: {len(path)} steps", fontsize=8, color=color)
+        part.set_aspect("equal")
+        part.set_xlabel("first weight", fontsize=7)
+        part.tick_params(labelsize=6)
 
 
 DRAWN: dict[Callable[[], Result], Callable[[Axes, Result], None]] = {

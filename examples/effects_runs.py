@@ -223,34 +223,34 @@ def population() -> Result:
 
 
 def clouds() -> Result:
+    """Two clouds along different directions, far from the origin, wider than high."""
     torch.manual_seed(0)
-    points = torch.cat(
-        [
-            torch.randn(300, 2) * torch.tensor([30.0, 0.2]) + torch.tensor([100.0, 1.0]),
-            torch.randn(300, 2) * torch.tensor([20.0, 0.3]) + torch.tensor([260.0, 2.2]),
-        ]
-    ).double()
+    first = torch.randn(300, 2) @ torch.tensor([[1.2, 0.3], [-0.2, 0.1]]) + torch.tensor([6.0, 4.0])
+    second = torch.randn(300, 2) @ torch.tensor([[1.6, -0.2], [0.2, 0.1]]) + torch.tensor([12, 4.8])
+    points = torch.cat([first, second]).double()
     scaled = StandardScaler().fit_transform(points)
-    difference = (torch.corrcoef(points.T)[0, 1] - torch.corrcoef(scaled.T)[0, 1]).abs().item()
+    difference = (torch.corrcoef(points.T) - torch.corrcoef(scaled.T)).abs().max().item()
+    ratio = (points.std(0) / scaled.std(0)).tolist()
     return Result(
-        "Standardization of a point cloud",
-        "z-scores move and stretch a cloud along the axes; its shape stays",
+        "Standardization of two point clouds",
+        "z-scores move clouds to the origin and scale the axes; their shape stays",
         "an affine map of each feature",
-        f"the correlation of the features changes by {difference:.0e}",
+        f"the axes are divided by {ratio[0]:.2g} and {ratio[1]:.2g}; the correlation of the "
+        f"features changes by {difference:.0e}",
         difference < 1e-12,
-        {"before": points, "after": scaled},
+        {"before": points.chunk(2), "after": scaled.chunk(2)},
     )
 
 
 def descent() -> Result:
-    """Least squares on two features, one of which is twenty times as large as the other."""
+    """Least squares on two features, one of which is four times as large as the other."""
     torch.manual_seed(0)
-    features = torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 20.0])
-    target = features @ torch.tensor([3.0, 0.1], dtype=torch.float64)
+    features = torch.randn(200, 2, dtype=torch.float64) * torch.tensor([1.0, 4.0])
+    target = features @ torch.tensor([2.0, 1.0], dtype=torch.float64)
     paths, steps = {}, {}
     for name, x in (("raw", features), ("scaled", StandardScaler().fit_transform(features))):
         hessian = 2 * x.T @ x / len(x)
-        rate = 1 / torch.linalg.eigvalsh(hessian)[-1]  # the largest that is safe
+        rate = 2 / torch.linalg.eigvalsh(hessian)[[0, -1]].sum()  # the best constant one
         w, path = torch.zeros(2, dtype=torch.float64), []
         centred = target - target.mean()
         best = torch.linalg.lstsq(x, centred[:, None]).solution[:, 0]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import batchnorm_ext
-from batchnorm_ext import functional, reference
+from batchnorm_ext import functional, preprocessing, reference
 
 pytestmark = pytest.mark.only("cpu", reason="of the documentation")
 
@@ -47,14 +47,27 @@ def test_each_layer_documents_itself(kind):
         assert re.search(rf"^    ([a-z_]+, )*{name}(, [a-z_]+)*: ", text, re.M), name
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if "Sync" not in kind.__name__])
+def test_defaults_in_docstrings(kind):
+    """Lazy instance normalization is affine and tracks, and said that it does not."""
+    text = re.sub(r"\s+", " ", inspect.getdoc(kind))
+    for name in ("affine", "track_running_stats"):
+        if name in (parameters := inspect.signature(kind).parameters):
+            stated = re.search(rf" {name}: [^:]*Default: (True|False)\.", text)
+            assert stated and stated[1] == str(parameters[name].default), name
+
+
 @pytest.mark.parametrize(
-    "documented", [kind for kind in LAYERS if "Sync" not in kind.__name__] + FUNCTIONS[4:]
+    "documented",
+    [kind for kind in LAYERS if "Sync" not in kind.__name__]
+    + FUNCTIONS
+    + [preprocessing.StandardScaler, preprocessing.MinMaxScaler],
 )
 def test_examples_of_docstrings(documented):
     names = {"batchnorm_ext": batchnorm_ext, "torch": torch, "nn": nn, **vars(reference)}
     (test,) = doctest.DocTestFinder(recurse=False).find(documented, globs=names)
     assert test.examples
-    failed, _ = doctest.DocTestRunner().run(test)
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert failed == 0
 
 

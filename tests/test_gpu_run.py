@@ -80,9 +80,9 @@ def test_dry_run_names_every_stage_in_order():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     names = re.findall(r"^Stage\(name='(.*?)'", done.stdout, re.MULTILINE)
     assert names == (
-        "build correctness memcheck racecheck probes tuning layers".split() + ["training steps"]
+        "build correctness memcheck racecheck tuning layers".split() + ["training steps"]
     )
-    assert "TORCH_CUDA_ARCH_LIST=9.0" in done.stdout and "-arch=sm_90" in done.stdout
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in done.stdout
 
 
 def test_commands_of_the_stages_take_their_options(tmp_path):

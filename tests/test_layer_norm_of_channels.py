@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import batchnorm_ext
 from batchnorm_ext import functional
+from family import DTYPES, NAMES, SIZES, arranged, gradients_of, orders
 from support import assert_bitwise, assert_within
-from test_family import DTYPES, NAMES, SIZES, arranged, gradients_of, orders
 
 pytestmark = [
     pytest.mark.only("cpu", reason="on CUDA this is PyTorch's own"),

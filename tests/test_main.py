@@ -3,20 +3,27 @@
 import pytest
 import torch.nn.functional as F
 
-from batchnorm_ext import __main__, _layer, _selftest
+from batchnorm_ext import __main__, _layer, _ops, _selftest
+
+NORMS = dict(_selftest.NORMS)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The self-test on the smallest of its sizes, on the CPU."""
     monkeypatch.setattr(_selftest, "_SIZES", [(33, 17), (3, 17, 13, 9)])
+    monkeypatch.setattr(_selftest, "NORMS", {})
     monkeypatch.setattr(__main__, "_gpus", lambda: range(0))
 
 
 def test_self_test_passes(device):
     # 5 sizes, 3 of them in two memory formats; 4 dtypes; training and evaluation
     cases = list(_selftest.cases(device))
-    assert len(cases) == 64 and not [text for text in map(_selftest.failure, cases) if text]
+    # 6 other norms, 3 of them in two memory formats, in training
+    others = 36 if device.type == "cpu" else 0
+    assert len(cases) == 64 + others and not [
+        text for text in map(_selftest.failure, cases) if text
+    ]
 
 
 def test_report_and_verdict(small, capsys, monkeypatch):
@@ -42,10 +49,34 @@ def test_wrong_results_fail_the_self_test(name, factor, small, capsys, monkeypat
     monkeypatch.setattr(_layer, "normalize", wrong)
     assert __main__.main() == 1
     out = capsys.readouterr().out
-    case = "3x17x13x9 float32 channels_last, training, on cpu"
+    case = "BatchNorm 3x17x13x9 float32 channels_last, training, on cpu"
     assert f"FAILED {case}: {name} is off by 2.0e-05" in out
     # an ulp of the half precisions is more than that
     assert "self-test FAILED in 12 of 24 cases on cpu" in out and "float16" not in out
+
+
+@pytest.mark.parametrize("norm", _selftest.NORMS)
+@pytest.mark.only("cpu", reason="on CUDA these norms are PyTorch's own")
+def test_wrong_results_of_other_norms_fail_the_self_test(norm, small, capsys, monkeypatch):
+    def wrong(*arguments):
+        y, stats = operator(*arguments)
+        return y * (1 + 2e-5), stats
+
+    name = "layer_norm" if norm in ("LayerNorm", "RMSNorm") else "batch_norm"
+    name = "batch_norm_update" if norm == "InstanceNorm2d" else name
+    operator = getattr(_ops, name)
+    monkeypatch.setattr(_selftest, "_SIZES", [])
+    monkeypatch.setattr(_selftest, "NORMS", {norm: NORMS[norm]})
+    monkeypatch.setattr(_ops, name, wrong)
+    assert not __main__.self_test()
+    out = capsys.readouterr().out
+    assert f"FAILED {norm} " in out and "float32" in out and "y is off by 2.0e-05" in out
+
+
+def test_gpu_without_kernels_is_left_out(monkeypatch):
+    """The report of a machine with a GPU once failed with a TypeError."""
+    monkeypatch.setattr(_ops, "_cuda_architectures", [])
+    assert not __main__._has_kernels(0)
 
 
 def test_native_computation_fails_the_self_test(small, capsys, monkeypatch):

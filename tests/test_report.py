@@ -90,6 +90,21 @@ def test_steps_and_layers_of_both_allocators_are_side_by_side(tmp_path):
     assert "settings" not in found
 
 
+def test_family_has_a_line_for_each_norm_dtype_and_layout(tmp_path):
+    """Means over shapes: native / ours is 2 and 8, by hand 6 and 6, compiled 1 and 4."""
+    row = {"pass": "module", "norm": "RMSNorm", "dtype": "fp32", "layout": "rows"}
+    times = {"copy": 0.4, "ours": 1.0, "hand": 6.0, "disturbance": 0.0}
+    rows = [
+        row | {"shape": "8x8", "native": 2.0, "compiled": 1.0} | times,
+        row | {"shape": "8x9", "native": 8.0, "compiled": 4.0} | times,
+        row | {"shape": "8x8", "native": 0.5, "compiled": 1.0, "dtype": "bf16"} | times,
+    ]
+    _write(tmp_path / "family-glibc.csv", rows)
+    lines = _lines(report.blocks(tmp_path)["family-glibc"])
+    assert ["RMSNorm, fp32 rows", "4.00", "6.00", "2.00", "1.00", "2.00 at 8x8"] in lines
+    assert ["RMSNorm, bf16 rows", "0.50", "6.00", "1.00", "1.00", "0.50 at 8x8"] in lines
+
+
 def test_gpu_tables(tmp_path):
     """The floor of the forward is the clone's time, that of the backward one and a half of it."""
     rows = [

@@ -1,0 +1,69 @@
+"""What no operator does by itself: rows along the channels, the default of root mean squares."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchnorm_ext import _ops
+from batchnorm_ext._native import LAYER_NORM
+from batchnorm_ext._normalize import NUMBER, by_operator
+
+__all__ = ["default_rms_eps", "layer_norm_of_channels", "root_mean_square"]
+
+
+def layer_norm_of_channels(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> Tensor:
+    """Layer normalization over the channels of each position of ``(N, C, *)``."""
+    if channel_dim != 1:
+        raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
+    if not torch.jit.is_scripting():
+        output, tensors = None, (input, weight, bias)
+        if isinstance(eps, NUMBER):
+            arguments = (*tensors, normalized_shape, eps)
+            output = by_operator(LAYER_NORM, tensors, _over_channels, *arguments)
+        if output is not None:
+            return output
+        rows = input.movedim(1, -1)
+        return LAYER_NORM(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
+    rows = input.movedim(1, -1)
+    return F.layer_norm(rows, normalized_shape, weight, bias, eps).movedim(-1, 1)
+
+
+def _over_channels(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_shape: list[int],
+    eps: float,
+) -> tuple[Tensor, Tensor] | None:
+    if input.dim() < 3 or input.shape[1:2] != tuple(normalized_shape):
+        return None
+    x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
+    y, stats = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2)
+    return y.transpose(1, 2).reshape(input.shape), stats
+
+
+# PyTorch's versions differ: of a half precision the default is its own or that of float32.
+_HALF_HAS_ITS_OWN = F.rms_norm(torch.full((1,), 1e-3, dtype=torch.bfloat16), (1,)).item() < 0.5
+
+
+def default_rms_eps(dtype: torch.dtype) -> float:
+    """What ``torch.nn.functional.rms_norm`` adds to the mean square if ``eps`` is None."""
+    if dtype.itemsize < 4 and not _HALF_HAS_ITS_OWN:
+        dtype = torch.float32
+    return torch.finfo(dtype).eps
+
+
+def root_mean_square(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """The operator of layer normalization, not centred."""
+    if eps is None:
+        eps = default_rms_eps(input.dtype)
+    return _ops.layer_norm(input, normalized_shape, weight, None, False, eps)
