@@ -105,6 +105,7 @@ batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
 layer_norm = torch.ops.batchnorm_ext.layer_norm.default
+weight_norm = torch.ops.batchnorm_ext.weight_norm.default
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _STRIDED = torch.strided

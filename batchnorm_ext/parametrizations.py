@@ -20,8 +20,8 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
     Source: Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to Accelerate
     Training of Deep Neural Networks*, 2016, equation 2. Forward and backward are one kernel each:
-    that of the root mean square normalization; for the first and the last dimension, where PyTorch
-    has a kernel of its own that is faster, PyTorch's.
+    PyTorch's fused ones for the first and the last dimension, otherwise those of the root mean
+    square normalization. Derivatives are right in any order.
 
     Args:
         module: gets parameters ``parametrizations.<name>.original0`` (g) and ``original1`` (v) in
@@ -60,19 +60,18 @@ class _WeightNorm(_Native):
         return torch._weight_norm(weight_v, weight_g, self.dim)
 
 
-def _normalized(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
-    """Channels of ``v.view(before, norms, after)`` by the root of their mean square."""
+def _normalized(v: Tensor, g: Tensor, dim: int) -> tuple[Tensor] | None:
+    """``g * v / norm(v)``, or None where PyTorch has to look at the arguments."""
     whole = dim == -1
-    if (
-        v.numel() == 0
-        or not (whole or 0 < dim < v.dim() - 1)  # PyTorch has kernels for the first and the last
-        or g.numel() != (1 if whole else v.size(dim))
-    ):
+    norms = 1 if whole else v.size(dim) if 0 <= dim < v.dim() else -1
+    if v.numel() == 0 or g.numel() != norms or v.dtype != g.dtype:
         return None
-    norms = g.numel()
+    if dim in (0, v.dim() - 1):
+        return (_ops.weight_norm(v, g, dim),)
+    # channels of v.view(before, norms, after) by the root of their mean square
     x = v.reshape(1, 1, -1) if whole else v.reshape(v.shape[:dim].numel(), norms, -1)
     # norm = root mean square * root of the number of elements; halves would round the factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
-    y, stats = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False)
-    return y.view(v.shape), stats
+    y, _ = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False)
+    return (y.view(v.shape),)

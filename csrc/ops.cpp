@@ -40,6 +40,9 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "layer_norm(Tensor x, int[] normalized_shape, Tensor? weight, Tensor? bias, bool centred, float eps) "
       "-> (Tensor y, Tensor stats)");
 
+  // g * v / norm(v) with a norm for each index of `dim`, the first or the last dimension of v
+  m.def("weight_norm(Tensor v, Tensor g, int dim) -> Tensor");
+
   // The halves of training, for statistics of more than the batch at hand: SyncBatchNorm adds the sums of all ranks
   // between them. They have no derivatives of their own.
   //
