@@ -126,7 +126,7 @@ EDITS = [
     (
         "piece of a row goes on into the next channel",
         "row.h",
-        "std::min(piece, g.inner - start)",
+        "std::min(piece, g.inner - begin)",
         "piece",
         WRONG,
     ),
@@ -140,8 +140,15 @@ EDITS = [
     (
         "lanes beyond the end of a short run count",
         "row.h",
-        "v.v[q] = Vec<A>::set(centre, v.v[q], ",
+        "v.v[q] = Vec<A>::set(centre[r], v.v[q], ",
         "static_cast<void>(",
+        WRONG,
+    ),
+    (
+        "cells that are reduced together are all the first of them",
+        "row.h",
+        "starts[r] + run * stride() + i",
+        "starts[0] + run * stride() + i",
         WRONG,
     ),
     (
