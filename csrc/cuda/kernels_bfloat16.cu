@@ -4,5 +4,7 @@ namespace batchnorm_ext::cuda {
 
 template void launch(const Forward<__nv_bfloat16>&, const Request&);
 template void launch(const Backward<__nv_bfloat16>&, const Request&);
+template void launch_combine(const CombineMoments<__nv_bfloat16>&);
+template void launch_combine(const CombineGrads<__nv_bfloat16>&);
 
 }  // namespace batchnorm_ext::cuda

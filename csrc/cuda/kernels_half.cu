@@ -4,5 +4,7 @@ namespace batchnorm_ext::cuda {
 
 template void launch(const Forward<__half>&, const Request&);
 template void launch(const Backward<__half>&, const Request&);
+template void launch_combine(const CombineMoments<__half>&);
+template void launch_combine(const CombineGrads<__half>&);
 
 }  // namespace batchnorm_ext::cuda

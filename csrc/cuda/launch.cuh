@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "combine.cuh"
 #include "launch.h"
 #include "norm.cuh"
 #include "resources.h"
@@ -42,6 +43,13 @@ void launch(const Op& op, const Request& request) {
   static_cast<void>(cudaGetLastError());  // clears it
   refuse_cooperation();
   launch(op, request);
+}
+
+template <typename Op>
+void launch_combine(const Op& op) {
+  const auto blocks = static_cast<unsigned>((op.geometry.stats() + kWarps - 1) / kWarps);
+  combine_kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(op);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace batchnorm_ext::cuda
