@@ -15,6 +15,7 @@ import torch
 
 import batchnorm_ext
 from batchnorm_ext import _ops, _selftest
+from batchnorm_ext._native import BATCH_NORM
 
 # What decides speed and choice of kernels.
 _VARIABLES = (
@@ -72,7 +73,7 @@ def _gpus() -> range:
 
 
 def _has_kernels(index: int) -> bool:
-    return _ops._has_kernels_for(torch.device("cuda", index))
+    return _ops._has_kernels_for(BATCH_NORM, torch.device("cuda", index))
 
 
 def _gpu(index: int) -> str:

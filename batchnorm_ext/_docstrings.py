@@ -76,7 +76,7 @@ INSTANCE = (
     + """
 Mean and (biased) variance are per sample and channel, over the spatial dimensions. With
 ``track_running_stats`` the running statistics move, in training, towards the average over the
-samples, and evaluation uses them. On CUDA the layer is PyTorch's own.
+samples, and evaluation uses them.
 
 Source: Ulyanov, Vedaldi & Lempitsky, *Instance Normalization: The Missing Ingredient for Fast
 Stylization*, 2016, https://arxiv.org/abs/1607.08022, equation 2.
@@ -99,8 +99,7 @@ Args:
 GROUP = (
     _STANDARDIZED
     + """
-Mean and (biased) variance are per sample and group of adjacent channels. On CUDA the layer is
-PyTorch's own.
+Mean and (biased) variance are per sample and group of adjacent channels.
 
 Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2, 7.
 

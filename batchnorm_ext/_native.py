@@ -39,8 +39,8 @@ class Native:
 
 
 BATCH_NORM = Native("batch_norm", "cpu", "cuda")
-INSTANCE_NORM = Native("instance_norm", "cpu")  # the CUDA kernels have not run for it on a GPU
-GROUP_NORM = Native("group_norm", "cpu")
+INSTANCE_NORM = Native("instance_norm", "cpu", "cuda")
+GROUP_NORM = Native("group_norm", "cpu", "cuda")
 LAYER_NORM = Native("layer_norm", "cpu")
 RMS_NORM = Native("rms_norm", "cpu")
 WEIGHT_NORM = Native("_weight_norm", "cpu", module=torch)

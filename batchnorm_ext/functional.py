@@ -195,6 +195,8 @@ def group_norm(
             and not _ops.leaves_process()
             and _ops.takes(GROUP_NORM, input, weight, bias)
         ):
+            if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
+                input = input.float()  # PyTorch's function is one that autocast runs in float32
             arguments = (input, weight, bias, None, None, True, eps, num_groups)
             output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
             if output is not None:

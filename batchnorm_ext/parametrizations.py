@@ -20,7 +20,8 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
     Source: Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to Accelerate
     Training of Deep Neural Networks*, 2016, equation 2. The norm is that of the root mean square
-    normalization without its mean: forward and backward are one kernel each.
+    normalization without its mean: forward and backward are one kernel each. On CUDA it is
+    PyTorch's own fused kernel.
 
     Args:
         module: gets parameters ``parametrizations.<name>.original0`` (g) and ``original1`` (v) in
