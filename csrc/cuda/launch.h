@@ -13,4 +13,8 @@ void launch(const Op& op, const Request& request);
 template <typename Op>
 void launch_combine(const Op& op);
 
+// An op of across.cuh, in at most `most` blocks; 0: as many as there are strips. Returns their number.
+template <typename Op>
+int64_t launch_across(const Op& op, bool aligned, int64_t most);
+
 }  // namespace batchnorm_ext::cuda

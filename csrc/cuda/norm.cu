@@ -14,6 +14,7 @@
 
 #include "../checks.h"
 #include "../sums.h"
+#include "across.h"
 #include "launch.h"
 #include "operands.h"
 #include "samples.h"
@@ -23,13 +24,10 @@ namespace {
 
 using c10::cuda::CUDAGuard;
 
-// Only what the kernels have: parameters of channels, and deviations from a mean.
-void check_domain_on_cuda(const Domain& domain) {
-  refusing([&] {
-    TORCH_CHECK_NOT_IMPLEMENTED(domain.centred && domain.parameter_dim == 1,
-                                "batch_norm: expected centred=True and parameter_dim=1 on CUDA, got ", domain.centred,
-                                " and ", domain.parameter_dim);
-  });
+// Only what the kernels have: deviations from a mean.
+void check_centred(const Domain& domain) {
+  refusing(
+      [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
 }
 
 // What the forwards share: [y, stats] from the batch itself, from running statistics or from sums.
@@ -65,7 +63,7 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
-  check_domain_on_cuda(s.domain);
+  check_centred(s.domain);
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
@@ -73,6 +71,7 @@ Normalized forward(const Operands& o, const Spec& s) {
     const auto options = o.x.options().dtype(at::kDouble);
     return {at::empty_like(o.x), at::empty_symint({2, s.domain.stats(o.x)}, options).fill_(std::nan(""))};
   }
+  if (s.domain.parameter_dim == 2) return normalize_across(o, s);
   if (s.domain.groups > 0) return normalize_samples(o, s);
   return normalize(o, s, s.training ? Source::kBatch : Source::kRunning);
 }
@@ -118,13 +117,15 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
 
 Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
                    bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
-  check_domain_on_cuda(domain);
+  check_centred(domain);
   check_backward(grad, input, weight, stats, domain);
   const CUDAGuard guard(input.device());
+  if (domain.parameter_dim == 2 && input.numel() > 0)
+    return backward_across(grad, input, weight, stats, mask, bias_dtype);
   const Gradient gradient(grad, input, domain);
   const auto [want_dx, want_dweight, want_dbias] = mask;
   Tensor dx = want_dx ? at::empty_like(gradient.x) : Tensor(), dweight, dbias;
-  std::tie(dweight, dbias) = empty_parameter_gradients(gradient.x, weight, bias_dtype, mask);
+  std::tie(dweight, dbias) = empty_parameter_gradients(gradient.x, weight, bias_dtype, mask, domain.parameter_dim);
   if (gradient.x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();

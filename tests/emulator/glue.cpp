@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/across.cu"
 #include "cuda/norm.cu"
 #include "cuda/planner.h"
 #include "cuda/samples.cu"
@@ -33,6 +34,17 @@ template <typename Op>
 void launch_combine(const Op& op) {
   const auto blocks = static_cast<unsigned>((op.geometry.stats() + kWarps - 1) / kWarps);
   emulator::launch({.grid = {blocks}, .block = kThreads, .seed = 1}, combine_kernel<Op>, op);
+}
+
+template <typename Op>
+int64_t launch_across(const Op& op, bool aligned, int64_t most) {
+  return with_across_kernel<Op>(aligned, op.shape, most, [&](auto kernel, int64_t blocks, int64_t shared_bytes) {
+    emulator::launch({.grid = {static_cast<unsigned>(blocks)},
+                      .block = kThreads,
+                      .shared_bytes = static_cast<std::size_t>(shared_bytes),
+                      .seed = 1},
+                     kernel, op);
+  });
 }
 
 // The operator of resources.cpp.
