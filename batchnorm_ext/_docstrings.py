@@ -126,7 +126,8 @@ _ROW_TENSORS = _TENSORS.replace(" and memory format of the input", " of the inpu
 LAYER = (
     _STANDARDIZED
     + """
-Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own.
+Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own, but
+with ``channel_dim`` for an input that is not ``channels_last``.
 
 Source: Ba, Kiros & Hinton, *Layer Normalization*, 2016, https://arxiv.org/abs/1607.06450,
 equation 3.

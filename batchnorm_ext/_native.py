@@ -11,6 +11,7 @@ __all__ = [
     "GROUP_NORM",
     "INSTANCE_NORM",
     "LAYER_NORM",
+    "LAYER_NORM_OF_CHANNELS",
     "RMS_NORM",
     "WEIGHT_NORM",
     "Native",
@@ -42,5 +43,6 @@ BATCH_NORM = Native("batch_norm", "cpu", "cuda")
 INSTANCE_NORM = Native("instance_norm", "cpu", "cuda")
 GROUP_NORM = Native("group_norm", "cpu", "cuda")
 LAYER_NORM = Native("layer_norm", "cpu")
+LAYER_NORM_OF_CHANNELS = Native("layer_norm", "cpu", "cuda")
 RMS_NORM = Native("rms_norm", "cpu")
 WEIGHT_NORM = Native("_weight_norm", "cpu", module=torch)

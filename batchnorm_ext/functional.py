@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from batchnorm_ext._native import (
+    BATCH_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    LAYER_NORM_OF_CHANNELS,
+    RMS_NORM,
+)
 from batchnorm_ext._normalize import call_or_log, normalize
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -195,9 +202,7 @@ def group_norm(
             and not _ops.leaves_process()
             and _ops.takes(GROUP_NORM, input, weight, bias)
         ):
-            if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
-                input = input.float()  # PyTorch's function is one that autocast runs in float32
-            arguments = (input, weight, bias, None, None, True, eps, num_groups)
+            arguments = (_as_autocast(input), weight, bias, None, None, True, eps, num_groups)
             output = call_or_log(GROUP_NORM, _ops.batch_norm, *arguments)
             if output is not None:
                 return output
@@ -256,6 +261,19 @@ def layer_norm(
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _as_autocast(input: Tensor) -> Tensor:
+    """``input`` as autocast gives it to PyTorch's function, which runs in float32 on CUDA."""
+    if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
+        return input.float()
+    return input
+
+
+def _is_for_torch(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the channels of each position are a row that PyTorch's CUDA kernel takes as it is."""
+    fits = all(p is None or p.dtype == input.dtype for p in (weight, bias))
+    return input.is_cuda and fits and input.movedim(1, -1).is_contiguous()
+
+
 def _layer_norm_of_channels(
     input: Tensor,
     normalized_shape: list[int],
@@ -269,11 +287,14 @@ def _layer_norm_of_channels(
     if not torch.jit.is_scripting():
         if (
             not _ops.leaves_process()
-            and _ops.takes(LAYER_NORM, input, weight, bias)
+            and _ops.takes(LAYER_NORM_OF_CHANNELS, input, weight, bias)
             and input.dim() > 2
             and input.shape[1:2] == tuple(normalized_shape)
+            and not _is_for_torch(input, weight, bias)
         ):
-            x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
+            x = (
+                _as_autocast(input).flatten(2).transpose(1, 2)
+            )  # (N, positions, C), of the same memory
             arguments = (x, weight, bias, None, None, True, eps, x.size(1), True, 2)
             output = call_or_log(LAYER_NORM, _ops.batch_norm, *arguments)
             if output is not None:
@@ -341,4 +362,5 @@ def rms_norm(
 
 
 BATCH_NORM.ours, INSTANCE_NORM.ours, GROUP_NORM.ours = batch_norm, instance_norm, group_norm
-LAYER_NORM.ours, RMS_NORM.ours = layer_norm, rms_norm
+LAYER_NORM.ours = LAYER_NORM_OF_CHANNELS.ours = layer_norm
+RMS_NORM.ours = rms_norm

@@ -1,18 +1,13 @@
 """What only a GPU can show: agreement with the CPU, every plan, launches, sizes beyond 32 bits."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-import batchnorm_ext
 import tolerances
 from batchnorm_ext import reference
 from batchnorm_ext.modules import BatchNorm2d
 from cases import LARGE, TRAINING_CASES, Case
-from gpu_cases import LARGER, SHORT, assert_same, every_plan, step
+from gpu_cases import LARGER, SHORT, assert_same, every_plan, kernels_of, step
 from support import (
     apply_call,
     assert_within,
@@ -25,17 +20,6 @@ from support import (
 )
 
 pytestmark = pytest.mark.only("cuda", reason="a test of the GPU")
-
-
-def _kernels(call):
-    """The names of the kernels that a call launches."""
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    is_kernel = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profiler.events() if event.device_type == is_kernel]
 
 
 @every_plan
@@ -167,10 +151,10 @@ def test_number_of_launches(layout, plan, launches, device):
     """One for a tensor that fits, which also counts the batch; two where the plan says so."""
     problem = make_problem(Case((16, 64, 28, 28), layout, torch.bfloat16, momentum=None), device)
     _, stats = problem.forward(training=True)
-    kernels = _kernels(lambda: problem.forward(training=True))
+    kernels = kernels_of(lambda: problem.forward(training=True))
     assert len(kernels) == launches and all("norm_kernel" in name for name in kernels), kernels
     arguments = problem.dy, problem.x, problem.weight, stats, True, [True] * 3
-    kernels = _kernels(lambda: batch_norm_backward(*arguments))
+    kernels = kernels_of(lambda: batch_norm_backward(*arguments))
     assert len(kernels) == launches and all("norm_kernel" in name for name in kernels), kernels
 
 
@@ -201,13 +185,13 @@ def test_nothing_is_left_to_native(device):
     """What would otherwise go unnoticed: the tests of the layers pass on native kernels, too."""
     x = torch.randn(4, 3, 5, 5, device=device)
     module = BatchNorm2d(3, device=device)
-    assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))
+    assert any("norm_kernel" in name for name in kernels_of(lambda: module(x)))
     y, _ = batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5)
     assert y.device == x.device
 
 
 @pytest.mark.parametrize("what", ["channels", "every other column", "expanded", "strided weight"])
-def test_slice_runs_on_the_kernels(what, device):
+def test_slice_runs_on_thekernels_of(what, device):
     """Tensors that are not dense once passed for ones that overlap the running statistics."""
     wide = torch.randn(4, 6, 5, 10, device=device)
     x = {
@@ -219,62 +203,4 @@ def test_slice_runs_on_the_kernels(what, device):
     module = BatchNorm2d(3, device=device)
     if what == "strided weight":
         module.weight = torch.nn.Parameter(torch.ones(6, device=device)[::2])
-    assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))
-
-
-SAMPLES = {
-    "instance": lambda package: package.InstanceNorm2d(24, affine=True, track_running_stats=True),
-    "group": lambda package: package.GroupNorm(4, 24),
-    "one group": lambda package: package.GroupNorm(1, 24),
-    "groups of one channel": lambda package: package.GroupNorm(24, 24),
-}
-every_norm_of_samples = pytest.mark.parametrize("norm", SAMPLES)
-
-
-@every_plan
-@every_norm_of_samples
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_statistics_of_samples(norm, layout, dtype, plan, device):
-    """Against the native layers in float64 on the CPU."""
-    native, ours = SAMPLES[norm](nn), SAMPLES[norm](batchnorm_ext)
-    for parameter in native.parameters():
-        nn.init.uniform_(parameter, -2, 2)
-    ours.load_state_dict(native.state_dict())
-    native.double(), ours.to(device)
-    x, dy = (torch.randn(5, 24, 19, 17).to(dtype).to(memory_format=layout) for _ in range(2))
-    inputs = [x.double(), x.to(device)]
-    ys, gradients = [], []
-    for layer, value in zip((native, ours), inputs, strict=True):
-        value.requires_grad_()
-        y = layer(value)
-        ys.append(y)
-        gradients.append(torch.autograd.grad(y, [value, *layer.parameters()], dy.to(y)))
-    assert ys[1].dtype == dtype and ys[1].stride() == x.stride()
-    pairs = zip((ys[1], *gradients[1]), (ys[0], *gradients[0]), strict=True)
-    for name, (actual, exact) in zip(("y", "dx", "dweight", "dbias"), pairs, strict=True):
-        # as on the CPU: sums in float32 of terms of both signs, relative to the largest result,
-        # and the rounding of the result
-        arithmetic = 64 * torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
-        bound = exact.abs().max() * arithmetic + tolerances.half_ulp(exact, actual.dtype)
-        assert_within(name, actual.cpu(), exact, bound)
-    for name, buffer in ours.named_buffers():
-        assert_within(name, buffer.cpu(), dict(native.named_buffers())[name], 1e-6)
-    assert any("norm_kernel" in name for name in _kernels(lambda: ours(inputs[1])))
-
-
-@every_norm_of_samples
-def test_same_bits_of_samples_every_time(norm, device):
-    layer = SAMPLES[norm](batchnorm_ext).to(device)
-    x = torch.randn(8, 24, 56, 56, device=device)
-    expected = copy.deepcopy(layer)(x)
-    for _ in range(5):
-        assert torch.equal(copy.deepcopy(layer)(x), expected)
-
-
-@every_norm_of_samples
-def test_dtype_of_samples_under_autocast(norm, device):
-    x = torch.randn(2, 24, 8, 8, device=device).bfloat16()
-    native, ours = SAMPLES[norm](nn).to(device), SAMPLES[norm](batchnorm_ext).to(device)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        assert ours(x).dtype == native(x).dtype
+    assert any("norm_kernel" in name for name in kernels_of(lambda: module(x)))
