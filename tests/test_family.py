@@ -14,7 +14,7 @@ from batchnorm_ext import functional
 from support import assert_bitwise, assert_within
 
 pytestmark = [
-    pytest.mark.only("cpu", reason="on CUDA these norms are PyTorch's own"),
+    pytest.mark.only("cpu", reason="test_cuda_norms.py has those on CUDA"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 
