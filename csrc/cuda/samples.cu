@@ -4,7 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <utility>
 
@@ -19,10 +18,10 @@ namespace {
 // Moves the running statistics to the average of those of the samples, and counts the batch.
 void track(const Operands& o, const Spec& s, const Geometry& g, const Tensor& stats) {
   if (o.num_batches_tracked) o.num_batches_tracked->add_(1);
-  const Tensor share = s.momentum ? at::scalar_tensor(*s.momentum, stats.options())
-                                  : o.num_batches_tracked->to(at::kDouble).reciprocal().squeeze();
   const auto move = [&](const Tensor& running, const Tensor& to) {
-    running.copy_(running.to(at::kDouble).lerp(to, share));
+    const Tensor from = running.to(at::kDouble);
+    running.copy_(s.momentum ? from.lerp(to, *s.momentum)
+                             : from.lerp(to, o.num_batches_tracked->to(at::kDouble).reciprocal().squeeze()));
   };
   const double n = static_cast<double>(g.count());
   const Tensor samples = stats.view({2, g.batch, g.channels});
