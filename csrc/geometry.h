@@ -29,9 +29,6 @@ struct Geometry {
   BATCHNORM_EXT_HD int64_t count() const { return per_stat * cell_count(); }  // elements behind each statistic
   int64_t sample_numel() const { return outer * channels * inner; }           // elements of one index of `batch`
   int64_t numel() const { return batch * sample_numel(); }
-  // The statistic and the channel of a cell.
-  BATCHNORM_EXT_HD int64_t stat_of(int64_t cell) const { return per_stat == 1 ? cell : cell / per_stat; }
-  BATCHNORM_EXT_HD int64_t channel_of(int64_t cell) const { return batch == 1 ? cell : cell % channels; }
   // The offset of the first element of a cell.
   BATCHNORM_EXT_HD int64_t first_of(int64_t cell) const {
     const int64_t sample = batch == 1 || outer == 1 ? 0 : cell / channels;

@@ -26,9 +26,9 @@ struct Backward {
   const double* sums;  // [sum(dy) | sum(dy * xhat)] of each statistic, of weight * dy where it has several channels
   double* sums_out;    // [sum(dy) | sum(dy * xhat)] of each cell, for the caller
 
-  __device__ __forceinline__ double mean_of(int64_t cell) const { return stats[geometry.stat_of(cell)]; }
+  __device__ __forceinline__ double mean_of(int64_t cell) const { return stats[stat_of(geometry, cell)]; }
   __device__ __forceinline__ double invstd_of(int64_t cell) const {
-    return stats[geometry.stats() + geometry.stat_of(cell)];
+    return stats[stats_of(geometry) + stat_of(geometry, cell)];
   }
 
   // The sums are about the mean, rounded to the type that they are kept in.
@@ -68,13 +68,14 @@ struct Backward {
     for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
   }
 
-  template <bool>
+  // As in a forward; a launch that only reduces has no map.
+  template <bool kLeavesSums>
   __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[5]) const {
     const double mean = mean_of(c), invstd = invstd_of(c);
     GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
     if constexpr (std::is_same_v<T, double>)
       if (const int64_t n = geometry.cell_count(); grads_lost<A>(grads, static_cast<double>(n), mean, invstd)) {
-        const auto at = [&](int64_t i) { return geometry.element_of(c, i); };  // as in a forward
+        const auto at = [&](int64_t i) { return geometry.element_of(c, i); };
         grads = resum_grads(
             n, mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); }, [&](int64_t i) { return x[at(i)]; });
       }
@@ -82,19 +83,19 @@ struct Backward {
       sums_out[c] = grads.dbias;
       sums_out[geometry.cells() + c] = grads.dweight;
     }
-    conclude(c, grads, leads, map);
-  }
-
-  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[5]) const {
-    const int64_t s = geometry.stat_of(c);
-    conclude(c, {sums[s], sums[geometry.stats() + s]}, leads, map);
-  }
-
-  __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[5]) const {
     if (leads && dweight) dweight.set(c, grads.dweight);
     if (leads && dbias) dbias.set(c, grads.dbias);
+    if constexpr (!kLeavesSums) set(c, grads, map);
+  }
+
+  __device__ __forceinline__ void known(int64_t c, bool, A (&map)[5]) const {
+    const int64_t s = stat_of(geometry, c);
+    set(c, {sums[s], sums[stats_of(geometry) + s]}, map);
+  }
+
+  __device__ __forceinline__ void set(int64_t c, GradSums grads, A (&map)[5]) const {
     const double n = total_count != nullptr ? *total_count : count;
-    const double mean = mean_of(c), invstd = invstd_of(c), w = weight.get(geometry.channel_of(c), 1);
+    const double mean = mean_of(c), invstd = invstd_of(c), w = weight.get(channel_of(geometry, c), 1);
     const bool shared = geometry.per_stat > 1;  // the sums are of weight * dy
     const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));
     const GradAffine<A> affine = make_grad_affine<A>(about, grads, n, mean, invstd, shared ? 1 : w);
@@ -130,7 +131,6 @@ struct Backward {
   Backward mapping(double* between) const {
     Backward op = *this;
     op.sums = sums_out != nullptr ? sums_out : between;
-    op.dweight = op.dbias = {};
     return op;
   }
 };

@@ -28,7 +28,7 @@ struct CombineMoments {
       if (!isfinite(moments.scaled_m2))  // as in a forward
         moments = resum_moments(geometry.count(), kShrink, [&](int64_t i) { return x[geometry.element_of(first, i)]; });
     stats[s] = moments.mean;
-    stats[geometry.stats() + s] = moments.invstd(static_cast<double>(geometry.count()), eps);
+    stats[stats_of(geometry) + s] = moments.invstd(static_cast<double>(geometry.count()), eps);
   }
 };
 
@@ -42,12 +42,12 @@ struct CombineGrads {
   template <typename Sum>
   __device__ __forceinline__ void combine(int64_t s, bool writes, const Sum& sum) const {
     const int64_t first = s * geometry.per_stat;
-    const auto weight_of = [&](int64_t i) { return weight.get(geometry.channel_of(first + i), 1); };
+    const auto weight_of = [&](int64_t i) { return weight.get(channel_of(geometry, first + i), 1); };
     const auto at = [=](const double* of) { return [=](int64_t i) { return of[first + i]; }; };
     const GradSums grads = combine_grads(weight_of, at(sums), at(sums + geometry.cells()), sum);
     if (!writes) return;
     combined[s] = grads.dbias;
-    combined[geometry.stats() + s] = grads.dweight;
+    combined[stats_of(geometry) + s] = grads.dweight;
   }
 };
 
@@ -55,7 +55,7 @@ template <typename Op>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ Op op) {
   const int64_t s = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  if (s >= op.geometry.stats()) return;
+  if (s >= stats_of(op.geometry)) return;
   op.combine(s, lane == 0, [&](const auto& f) {
     double sum = 0;
 #pragma unroll 1

@@ -104,8 +104,8 @@ struct Forward {
     if (source == Source::kSums)
       return conclude(c, read_count(sums, geometry.cells()), read_sums(sums, geometry.cells(), c), leads, map);
     if (source == Source::kStats) {
-      const int64_t s = geometry.stat_of(c);
-      return set(c, count, centred ? stats[s] : 0, stats[geometry.stats() + s], map);
+      const int64_t s = stat_of(geometry, c);
+      return set(c, count, centred ? stats[s] : 0, stats[stats_of(geometry) + s], map);
     }
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
@@ -135,7 +135,7 @@ struct Forward {
 
   // n as `count` in centre_of().
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
-    const int64_t channel = geometry.channel_of(c);
+    const int64_t channel = channel_of(geometry, c);
     const double w = weight.get(channel, 1);
     const double about = centre_of<A>(mean, invstd, n, w * invstd);
     const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(channel, 0));

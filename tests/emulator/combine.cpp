@@ -42,7 +42,7 @@ class Test : Problem<T> {
   // The sums over cells of each statistic.
   std::vector<Exact> of_stats(const std::vector<Exact>& cells) const {
     std::vector<Exact> result(g_.stats());
-    for (int64_t c = 0; c < g_.cells(); ++c) result[g_.stat_of(c)] += cells[c];
+    for (int64_t c = 0; c < g_.cells(); ++c) result[stat_of(g_, c)] += cells[c];
     return result;
   }
 
@@ -56,7 +56,7 @@ class Test : Problem<T> {
       return sums([&](int64_t i) { return std::pow(widen(x_[i]) - mean(cell_of(i)), Exact(2)); });
     };
     const std::vector<Exact> m2 = m2_about([&](int64_t c) { return means[c]; });
-    const std::vector<Exact> all = of_stats(m2_about([&](int64_t c) { return total[g_.stat_of(c)]; }));
+    const std::vector<Exact> all = of_stats(m2_about([&](int64_t c) { return total[stat_of(g_, c)]; }));
     const Buffer<double> in(4 * g_.cells() + 1), stats(2 * g_.stats());
     for (int64_t c = 0; c < g_.cells(); ++c)
       write_sums(in.data(), g_.cells(), c, static_cast<double>(n), static_cast<double>(means[c]),
@@ -81,7 +81,7 @@ class Test : Problem<T> {
       std::vector<Exact> cells = half == 0 ? dbias : dweight, sizes(g_.cells());
       for (int64_t c = 0; c < g_.cells(); ++c) {
         in[half * g_.cells() + c] = static_cast<double>(cells[c]);
-        cells[c] = Exact(in[half * g_.cells() + c]) * weight_.get(g_.channel_of(c));
+        cells[c] = Exact(in[half * g_.cells() + c]) * weight_.get(channel_of(g_, c));
         sizes[c] = std::fabs(cells[c]);
       }
       expected[half] = of_stats(cells), terms[half] = of_stats(sizes);

@@ -154,8 +154,8 @@ class Test : Problem<T> {
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
         const int64_t c = cell_of(i);
         const Statistics& s = all[c];
-        const Exact xhat = (widen(x_[i]) - s.mean) / s.std, weight = weight_.get(g_.channel_of(c)),
-                    scaled = weight * xhat, bias = scales ? 0 : bias_.get(g_.channel_of(c));
+        const Exact xhat = (widen(x_[i]) - s.mean) / s.std, weight = weight_.get(channel_of(g_, c)),
+                    scaled = weight * xhat, bias = scales ? 0 : bias_.get(channel_of(g_, c));
         const Exact error = std::fabs(weight) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
                             lost(widen(x_[i]), s.mean, weight / s.std);
         const Exact terms = std::fabs(scaled) + std::fabs(bias) + error;
@@ -230,7 +230,7 @@ class Test : Problem<T> {
       }
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
         const int64_t c = cell_of(i);
-        const Exact scale = weight_.get(g_.channel_of(c)) * stats[channels + c];
+        const Exact scale = weight_.get(channel_of(g_, c)) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;
         const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = std::fabs(dy(i)) + terms;
