@@ -19,17 +19,15 @@ struct Backward {
   T* dx;  // none: nothing is mapped
   Geometry geometry;
   bool training;
-  double count;
-  const double* total_count;  // instead of `count`, where it is known on the device only
-  const double* stats;        // [mean | invstd]
+  double count;                   // elements of a statistic; where this reduces, of a cell
+  const double* total_count;      // instead of `count`, where it is known on the device only
+  const double *means, *invstds;  // of each statistic
   Channels<T> weight, dweight, dbias;
   const double* sums;  // [sum(dy) | sum(dy * xhat)] of each statistic, of weight * dy where it has several channels
   double* sums_out;    // [sum(dy) | sum(dy * xhat)] of each cell, for the caller
 
-  __device__ __forceinline__ double mean_of(int64_t cell) const { return stats[stat_of(geometry, cell)]; }
-  __device__ __forceinline__ double invstd_of(int64_t cell) const {
-    return stats[stats_of(geometry) + stat_of(geometry, cell)];
-  }
+  __device__ __forceinline__ double mean_of(int64_t cell) const { return means[stat_of(geometry, cell)]; }
+  __device__ __forceinline__ double invstd_of(int64_t cell) const { return invstds[stat_of(geometry, cell)]; }
 
   // The sums are about the mean, rounded to the type that they are kept in.
   __device__ __forceinline__ double origin(int64_t cell) const { return static_cast<A>(mean_of(cell)); }
@@ -74,10 +72,11 @@ struct Backward {
     const double mean = mean_of(c), invstd = invstd_of(c);
     GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
     if constexpr (std::is_same_v<T, double>)
-      if (const int64_t n = geometry.cell_count(); grads_lost<A>(grads, static_cast<double>(n), mean, invstd)) {
+      if (grads_lost<A>(grads, count, mean, invstd)) {
         const auto at = [&](int64_t i) { return geometry.element_of(c, i); };
         grads = resum_grads(
-            n, mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); }, [&](int64_t i) { return x[at(i)]; });
+            static_cast<int64_t>(count), mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); },
+            [&](int64_t i) { return x[at(i)]; });
       }
     if (leads && sums_out != nullptr) {
       sums_out[c] = grads.dbias;
@@ -109,13 +108,14 @@ struct Backward {
   __device__ __forceinline__ int64_t* counter() const { return nullptr; }
 
   // dx = scale * (weight * dy - (x - centre) * slope - offset); in evaluation scale * weight * dy, whatever x may be.
-  // Where the weight is a factor of the scale, it is 1 here.
-  template <int kWidth, int kLanes>
+  // Where the weight is a factor of the scale, it is 1 here: always so in a launch that reduces, too.
+  template <bool kReduces, int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[5][kLanes], int64_t offset) const {
     store_pack(dx + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;
-                 const A along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
-                 return c[3][l] * fused(c[4][l], packs.in[0].get(i), -(training ? along : A(0)));
+                 const A g = packs.in[0].get(i), along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
+                 const A rest = training ? along : A(0);
+                 return c[3][l] * (kReduces ? g - rest : fused(c[4][l], g, -rest));
                }));
   }
   __device__ __forceinline__ bool maps() const { return dx != nullptr; }

@@ -150,7 +150,7 @@ struct Forward {
   }
 
   // y = (x - centre) * scale + shift
-  template <int kWidth, int kLanes>
+  template <bool, int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;

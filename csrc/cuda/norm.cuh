@@ -81,7 +81,7 @@ __device__ __forceinline__ void map_chunk(const Shape& s, const Op& op, const Ch
     }
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
-      if (step + u < chunk.steps) op.map(packs[u], c, chunk.offset(step + u));
+      if (step + u < chunk.steps) op.template map<kKeeps>(packs[u], c, chunk.offset(step + u));
   }
 }
 

@@ -108,7 +108,8 @@ struct Gradient {
     op.geometry = geometry;
     op.training = true;
     op.count = static_cast<double>(geometry.count());
-    op.stats = read<double>(stats);
+    op.means = read<double>(stats);
+    op.invstds = op.means + geometry.stats();
     op.weight = read_channels<T>(weight);
     return op;
   }

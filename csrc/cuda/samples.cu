@@ -82,6 +82,7 @@ void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight,
     Backward<T> op = gradient.op<T>(weight, stats);
     op.training = training;
     op.sums_out = write<double>(sums);
+    op.count = static_cast<double>(g.cell_count());
     const bool maps = dx.defined(), maps_later = maps && g.per_stat > 1;
     if (maps && !maps_later) op.dx = write<T>(dx);
     launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), true, maps && !maps_later));
@@ -91,6 +92,7 @@ void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight,
     op.dx = write<T>(dx);
     op.sums = read<double>(combined);
     op.sums_out = nullptr;
+    op.count = static_cast<double>(g.count());
     launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), false, true));
   });
   if (!dweight.defined() && !dbias.defined()) return;

@@ -155,11 +155,14 @@ def test_samples_add_up_in_float64():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_squares_that_overflow_float64(layout, groups):
-    """Squares of these overflow in float64."""
-    x = LAYOUTS[layout](torch.randn(2, 4, 5, 3, dtype=torch.float64))
-    y, _ = ops.batch_norm(x * 1e200, None, None, None, None, True, EPS, groups)
-    exact = oracle(x, x, None, None, groups, eps=0.0)[0]
-    assert_within("y", y, exact, tolerances.output(exact, torch.float64, 4))
+    """Squares of these overflow in float64, and so do products with the gradients."""
+    x, dy = (LAYOUTS[layout](torch.randn(2, 4, 5, 3, dtype=torch.float64)) for _ in range(2))
+    y, stats = ops.batch_norm(x * 1e200, None, None, None, None, True, EPS, groups)
+    exact = oracle(x, dy, None, None, groups, eps=0.0)
+    assert_within("y", y, exact[0], tolerances.output(exact[0], torch.float64, 4))
+    arguments = (dy * 1e200, x * 1e200, None, stats, True, [True] * 3, None, groups)
+    dx, *sums = ops.batch_norm_backward(*arguments)
+    assert_gradients((dx, *(v / 1e200 for v in sums)), x, dy, None, None, groups)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
