@@ -78,7 +78,7 @@ INSTANCE = (
     + """
 Mean and (biased) variance are per sample and channel, over the spatial dimensions. With
 ``track_running_stats`` the running statistics move, in training, towards the average over the
-samples, and evaluation uses them. On CUDA the layer is PyTorch's own.
+samples, and evaluation uses them.
 
 Source: Ulyanov, Vedaldi & Lempitsky, *Instance Normalization: The Missing Ingredient for Fast
 Stylization*, 2016, https://arxiv.org/abs/1607.08022, equation 2.
@@ -101,8 +101,7 @@ Args:
 GROUP = (
     _STANDARDIZED
     + """
-Mean and (biased) variance are per sample and group of adjacent channels. On CUDA the layer is
-PyTorch's own.
+Mean and (biased) variance are per sample and group of adjacent channels.
 
 Source: Wu & He, *Group Normalization*, 2018, https://arxiv.org/abs/1803.08494, equations 1, 2, 7.
 
@@ -130,7 +129,8 @@ _ROW_TENSORS = _TENSORS.replace(" and memory format of the input", " of the inpu
 LAYER = (
     _STANDARDIZED
     + """
-Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own.
+Mean and (biased) variance are over the last dimensions. On CUDA the layer is PyTorch's own, but
+with ``channel_dim`` for an input that is not ``channels_last``.
 
 Source: Ba, Kiros & Hinton, *Layer Normalization*, 2016, https://arxiv.org/abs/1607.06450,
 equation 3.

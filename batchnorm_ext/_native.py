@@ -11,6 +11,7 @@ __all__ = [
     "GROUP_NORM",
     "INSTANCE_NORM",
     "LAYER_NORM",
+    "LAYER_NORM_OF_CHANNELS",
     "RMS_NORM",
     "WEIGHT_NORM",
     "Native",
@@ -47,9 +48,9 @@ class Native:
 
 
 BATCH_NORM = Native("batch_norm", "cpu", "cuda", check="_verify_batch_size")
-# the CUDA kernels have not run on a GPU for the norms that follow
-INSTANCE_NORM = Native("instance_norm", "cpu", check="_verify_spatial_size")
-GROUP_NORM = Native("group_norm", "cpu", check="_verify_batch_size")
+INSTANCE_NORM = Native("instance_norm", "cpu", "cuda", check="_verify_spatial_size")
+GROUP_NORM = Native("group_norm", "cpu", "cuda", check="_verify_batch_size")
 LAYER_NORM = Native("layer_norm", "cpu")
+LAYER_NORM_OF_CHANNELS = Native("layer_norm", "cpu", "cuda")
 RMS_NORM = Native("rms_norm", "cpu")
 WEIGHT_NORM = Native("_weight_norm", "cpu", module=torch)

@@ -5,10 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._native import LAYER_NORM
+from batchnorm_ext._native import LAYER_NORM, LAYER_NORM_OF_CHANNELS
 from batchnorm_ext._normalize import NUMBER, by_operator
 
-__all__ = ["default_rms_eps", "layer_norm_of_channels", "root_mean_square"]
+__all__ = ["as_autocast", "default_rms_eps", "layer_norm_of_channels", "root_mean_square"]
+
+
+def as_autocast(input: Tensor) -> Tensor:
+    """``input`` as autocast gives it to PyTorch's function, which runs in float32 on CUDA."""
+    if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
+        return input.float()
+    return input
 
 
 def layer_norm_of_channels(
@@ -26,7 +33,7 @@ def layer_norm_of_channels(
         output, tensors = None, (input, weight, bias)
         if isinstance(eps, NUMBER):
             arguments = (*tensors, normalized_shape, eps)
-            output = by_operator(LAYER_NORM, tensors, _over_channels, *arguments)
+            output = by_operator(LAYER_NORM_OF_CHANNELS, tensors, _over_channels, *arguments)
         if output is not None:
             return output
         rows = input.movedim(1, -1)
@@ -44,9 +51,17 @@ def _over_channels(
 ) -> tuple[Tensor, Tensor] | None:
     if input.dim() < 3 or input.shape[1:2] != tuple(normalized_shape):
         return None
-    x = input.flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
+    if input.is_cuda and _are_rows(input, weight, bias):
+        return None
+    x = as_autocast(input).flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
     y, stats = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2)
     return y.transpose(1, 2).reshape(input.shape), stats
+
+
+def _are_rows(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether the channels of each position are a row that PyTorch's kernel takes as it is."""
+    fits = all(p is None or p.dtype == input.dtype for p in (weight, bias))
+    return fits and input.movedim(1, -1).is_contiguous()
 
 
 # PyTorch's versions differ: of a half precision the default is its own or that of float32.

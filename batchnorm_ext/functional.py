@@ -5,9 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
+from batchnorm_ext._native import (
+    BATCH_NORM,
+    GROUP_NORM,
+    INSTANCE_NORM,
+    LAYER_NORM,
+    LAYER_NORM_OF_CHANNELS,
+    RMS_NORM,
+)
 from batchnorm_ext._normalize import NUMBER, by_operator, normalize
-from batchnorm_ext._rows import layer_norm_of_channels, root_mean_square
+from batchnorm_ext._rows import as_autocast, layer_norm_of_channels, root_mean_square
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -194,7 +201,7 @@ def group_norm(
         output = None
         usual = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
         if usual and isinstance(eps, NUMBER):
-            arguments = (input, weight, bias, None, None, True, eps, num_groups)
+            arguments = (as_autocast(input), weight, bias, None, None, True, eps, num_groups)
             output = by_operator(GROUP_NORM, (input, weight, bias), _ops.batch_norm, *arguments)
         return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
     return F.group_norm(input, num_groups, weight, bias, eps)
@@ -294,4 +301,5 @@ def rms_norm(
 
 
 BATCH_NORM.ours, INSTANCE_NORM.ours, GROUP_NORM.ours = batch_norm, instance_norm, group_norm
-LAYER_NORM.ours, RMS_NORM.ours = layer_norm, rms_norm
+LAYER_NORM.ours = LAYER_NORM_OF_CHANNELS.ours = layer_norm
+RMS_NORM.ours = rms_norm

@@ -21,7 +21,8 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     Source: Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to Accelerate
     Training of Deep Neural Networks*, 2016, equation 2. Forward and backward are one kernel each:
     PyTorch's fused ones for the first and the last dimension, otherwise those of the root mean
-    square normalization. Derivatives are right in any order.
+    square normalization. Derivatives are right in any order. On CUDA it
+    is PyTorch's own function.
 
     Args:
         module: gets parameters ``parametrizations.<name>.original0`` (g) and ``original1`` (v) in

@@ -20,7 +20,7 @@ HEADERS = ("geometry.h", *(f"cuda/{name}.h" for name in ("planner", "plan", "ove
 
 KERNELS = {  # pass -> inputs, coefficients, reduces, maps: what a Request of plan.h asks for
     "forward": (1, 3, True, True),
-    "backward": (2, 4, True, True),
+    "backward": (2, 5, True, True),
     "eval": (1, 3, False, True),
 }
 

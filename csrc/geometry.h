@@ -24,10 +24,10 @@ struct Geometry {
   int64_t outer = 0, channels = 0, inner = 0, batch = 1, per_stat = 1;
 
   BATCHNORM_EXT_HD int64_t cells() const { return batch * channels; }
-  int64_t stats() const { return cells() / per_stat; }
-  BATCHNORM_EXT_HD int64_t cell_count() const { return outer * inner; }  // elements of a cell
-  int64_t count() const { return per_stat * cell_count(); }              // elements behind each statistic
-  int64_t sample_numel() const { return outer * channels * inner; }      // elements of one index of `batch`
+  BATCHNORM_EXT_HD int64_t stats() const { return cells() / per_stat; }
+  BATCHNORM_EXT_HD int64_t cell_count() const { return outer * inner; }       // elements of a cell
+  BATCHNORM_EXT_HD int64_t count() const { return per_stat * cell_count(); }  // elements behind each statistic
+  int64_t sample_numel() const { return outer * channels * inner; }           // elements of one index of `batch`
   int64_t numel() const { return batch * sample_numel(); }
   // The offset of the first element of a cell.
   BATCHNORM_EXT_HD int64_t first_of(int64_t cell) const {

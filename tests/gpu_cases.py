@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from cases import Case
 from support import assert_bitwise, batch_norm_backward
@@ -39,3 +40,14 @@ def step(problem):
 def assert_same(actual, expected):
     for name, a, b in zip(OUTPUTS, actual, expected, strict=True):
         assert_bitwise(name, a, b)
+
+
+def kernels_of(call):
+    """The names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    is_kernel = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profiler.events() if event.device_type == is_kernel]

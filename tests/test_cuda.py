@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import tolerances
 from batchnorm_ext import reference
 from batchnorm_ext.modules import BatchNorm2d
 from cases import LARGE, TRAINING_CASES, Case
-from gpu_cases import LARGER, SHORT, assert_same, every_plan, step
+from gpu_cases import LARGER, SHORT, assert_same, every_plan, kernels_of, step
 from support import (
     apply_call,
     assert_within,
@@ -21,17 +20,6 @@ from support import (
 )
 
 pytestmark = pytest.mark.only("cuda", reason="a test of the GPU")
-
-
-def _kernels(call):
-    """The names of the kernels that a call launches."""
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    is_kernel = torch.autograd.DeviceType.CUDA
-    return [event.name for event in profiler.events() if event.device_type == is_kernel]
 
 
 @every_plan
@@ -163,10 +151,10 @@ def test_number_of_launches(layout, plan, launches, device):
     """One for a tensor that fits, which also counts the batch; two where the plan says so."""
     problem = make_problem(Case((16, 64, 28, 28), layout, torch.bfloat16, momentum=None), device)
     _, stats = problem.forward(training=True)
-    kernels = _kernels(lambda: problem.forward(training=True))
+    kernels = kernels_of(lambda: problem.forward(training=True))
     assert len(kernels) == launches and all("norm_kernel" in name for name in kernels), kernels
     arguments = problem.dy, problem.x, problem.weight, stats, True, [True] * 3
-    kernels = _kernels(lambda: batch_norm_backward(*arguments))
+    kernels = kernels_of(lambda: batch_norm_backward(*arguments))
     assert len(kernels) == launches and all("norm_kernel" in name for name in kernels), kernels
 
 
@@ -197,13 +185,13 @@ def test_nothing_is_left_to_native(device):
     """What would otherwise go unnoticed: the tests of the layers pass on native kernels, too."""
     x = torch.randn(4, 3, 5, 5, device=device)
     module = BatchNorm2d(3, device=device)
-    assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))
+    assert any("norm_kernel" in name for name in kernels_of(lambda: module(x)))
     y, _ = batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5)
     assert y.device == x.device
 
 
 @pytest.mark.parametrize("what", ["channels", "every other column", "expanded", "strided weight"])
-def test_slice_runs_on_the_kernels(what, device):
+def test_slice_runs_on_thekernels_of(what, device):
     """Tensors that are not dense once passed for ones that overlap the running statistics."""
     wide = torch.randn(4, 6, 5, 10, device=device)
     x = {
@@ -215,4 +203,4 @@ def test_slice_runs_on_the_kernels(what, device):
     module = BatchNorm2d(3, device=device)
     if what == "strided weight":
         module.weight = torch.nn.Parameter(torch.ones(6, device=device)[::2])
-    assert any("norm_kernel" in name for name in _kernels(lambda: module(x)))
+    assert any("norm_kernel" in name for name in kernels_of(lambda: module(x)))

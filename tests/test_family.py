@@ -11,7 +11,7 @@ from batchnorm_ext._rows import default_rms_eps
 from family import DTYPES, FEW, NAMES, SIZES, arranged, every_norm, gradients_of, layers, orders
 from support import assert_bitwise, assert_within
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA these norms are PyTorch's own")
+pytestmark = pytest.mark.only("cpu", reason="test_cuda_norms.py has those on CUDA")
 
 
 @every_norm

@@ -14,7 +14,7 @@ from family import DTYPES, NAMES, SIZES, arranged, gradients_of, orders
 from support import assert_bitwise, assert_within
 
 pytestmark = [
-    pytest.mark.only("cpu", reason="on CUDA this is PyTorch's own"),
+    pytest.mark.only("cpu", reason="test_cuda.py has the one on CUDA"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 

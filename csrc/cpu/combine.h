@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "../combine.h"
 #include "../geometry.h"
 
 namespace batchnorm_ext::cpu {
@@ -30,24 +31,25 @@ class PerCell {
   std::unique_ptr<double[]> own_;
 };
 
-// The moments of `width` cells become those of the statistics that cover them, in place. About the first mean, so that
-// a constant has a variance of exactly 0.
+// Adds up f(0), f(1)... in this order.
+inline auto sum_of_cells(int64_t cells) {
+  return [cells](const auto& f) {
+    double sum = 0;
+    for (int64_t i = 0; i < cells; ++i) sum += f(i);
+    return sum;
+  };
+}
+
+// The moments of `width` cells become those of the statistics that cover them, in place.
 inline void combine_moments(const Geometry& g, int64_t width, double* mean, double* m2) {
   const int64_t cells = g.per_stat;
   if (cells == 1) return;
-  const double n = static_cast<double>(g.cell_count());
   for (int64_t s = 0; s < width / cells; ++s) {
-    const double *const means = mean + s * cells, *const m2s = m2 + s * cells;
-    double shift = 0, within = 0, between = 0;
-    for (int64_t i = 0; i < cells; ++i) shift += means[i] - means[0];
-    const double middle = means[0] + shift / static_cast<double>(cells);
-    for (int64_t i = 0; i < cells; ++i) {
-      const double d = means[i] - middle;
-      within += m2s[i];
-      between += d * d;
-    }
-    mean[s] = middle;
-    m2[s] = within + n * between;
+    const auto at = [first = s * cells](const double* of) { return [=](int64_t i) { return of[first + i]; }; };
+    const Moments moments = batchnorm_ext::combine_moments(cells, static_cast<double>(g.cell_count()), at(mean), at(m2),
+                                                           sum_of_cells(cells));
+    mean[s] = moments.mean;
+    m2[s] = moments.scaled_m2;
   }
 }
 

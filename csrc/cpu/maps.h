@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../math.h"
+#include "combine.h"
 #include "range.h"
 #include "vec.h"
 
@@ -113,11 +114,9 @@ void set_group_grad(CoefficientTable<A, 5>& table, int64_t per_stat, int64_t fir
                     const double* dweight, double count, const double* mean, const double* invstd,
                     const double* weight) {
   for (int64_t begin = 0; begin < width; begin += per_stat) {
-    GradSums sums{0, 0};
-    for (int64_t i = begin; i < begin + per_stat; ++i) {
-      sums.dbias += weight[first + i] * dbias[i];
-      sums.dweight += weight[first + i] * dweight[i];
-    }
+    const auto at = [](const double* of) { return [=](int64_t i) { return of[i]; }; };
+    const GradSums sums =
+        combine_grads(at(weight + first + begin), at(dbias + begin), at(dweight + begin), sum_of_cells(per_stat));
     const double about = mean[first + begin], inv = invstd[first + begin];
     const GradAffine<A> affine =
         make_grad_affine<A>(centre_of<A>(about, inv, count, slope_of(sums, count, inv)), sums, count, about, inv, 1);

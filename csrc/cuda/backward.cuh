@@ -9,7 +9,7 @@ template <typename T_>
 struct Backward {
   using T = T_;
   using A = Acc<T>;
-  static constexpr int kInputs = 2, kCoefficients = 4;
+  static constexpr int kInputs = 2, kCoefficients = 5;
   static constexpr bool kMoments = false;
   static constexpr bool kResums = std::is_same_v<A, float> && !std::is_same_v<T, __half>;
   template <int kLanes>
@@ -19,21 +19,24 @@ struct Backward {
   T* dx;  // none: nothing is mapped
   Geometry geometry;
   bool training;
-  double count;
-  const double* total_count;  // instead of `count`, where it is known on the device only
-  const double* stats;        // [mean | invstd]
+  double count;                   // elements of a statistic; where this reduces, of a cell
+  const double* total_count;      // instead of `count`, where it is known on the device only
+  const double *means, *invstds;  // of each statistic
   Channels<T> weight, dweight, dbias;
-  const double* sums;  // [sum(dy) | sum(dy * xhat)], where they are known
-  double* sums_out;    // the same, for the caller
+  const double* sums;  // [sum(dy) | sum(dy * xhat)] of each statistic, of weight * dy where it has several channels
+  double* sums_out;    // [sum(dy) | sum(dy * xhat)] of each cell, for the caller
+
+  __device__ __forceinline__ double mean_of(int64_t cell) const { return means[stat_of(geometry, cell)]; }
+  __device__ __forceinline__ double invstd_of(int64_t cell) const { return invstds[stat_of(geometry, cell)]; }
 
   // The sums are about the mean, rounded to the type that they are kept in.
-  __device__ __forceinline__ double origin(int64_t channel) const { return static_cast<A>(stats[channel]); }
+  __device__ __forceinline__ double origin(int64_t cell) const { return static_cast<A>(mean_of(cell)); }
 
   // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
-  __device__ __forceinline__ bool loses(int64_t channel, double2 sum, double n) const {
+  __device__ __forceinline__ bool loses(int64_t cell, double2 sum, double n) const {
     if (isfinite(sum.x) && isfinite(sum.y) && !(fabs(sum.y) < n * 1e-30)) return false;
-    const double invstd = stats[geometry.cells() + channel];
-    return grads_lost<A>({sum.x, sum.y * invstd}, n, stats[channel], invstd);
+    const double invstd = invstd_of(cell);
+    return grads_lost<A>({sum.x, sum.y * invstd}, n, mean_of(cell), invstd);
   }
   __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
     const double g = widen(dy[offset]);
@@ -63,66 +66,71 @@ struct Backward {
     for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
   }
 
+  // As in a forward; a launch that only reduces has no map.
   template <bool kLeavesSums>
-  __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[4]) const {
-    const double mean = stats[c], invstd = stats[geometry.cells() + c];
+  __device__ __forceinline__ void finish(int64_t c, double2 total, double, bool leads, A (&map)[5]) const {
+    const double mean = mean_of(c), invstd = invstd_of(c);
     GradSums grads = make_grad_sums(total.x, total.y, mean, origin(c), invstd);
     if constexpr (std::is_same_v<T, double>)
-      if (grads_lost<A>(grads, count, mean, invstd)) {  // as in a forward
+      if (grads_lost<A>(grads, count, mean, invstd)) {
         const auto at = [&](int64_t i) { return geometry.element_of(c, i); };
         grads = resum_grads(
             static_cast<int64_t>(count), mean, invstd, [&](int64_t i) { return widen(dy[at(i)]); },
             [&](int64_t i) { return x[at(i)]; });
       }
-    if constexpr (kLeavesSums)
-      if (leads && sums_out != nullptr) {
-        sums_out[c] = grads.dbias;
-        sums_out[geometry.cells() + c] = grads.dweight;
-      }
-    conclude(c, grads, leads, map);
-  }
-
-  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[4]) const {
-    conclude(c, {sums[c], sums[geometry.cells() + c]}, leads, map);
-  }
-
-  __device__ __forceinline__ void conclude(int64_t c, GradSums grads, bool leads, A (&map)[4]) const {
+    if (leads && sums_out != nullptr) {
+      sums_out[c] = grads.dbias;
+      sums_out[geometry.cells() + c] = grads.dweight;
+    }
     if (leads && dweight) dweight.set(c, grads.dweight);
     if (leads && dbias) dbias.set(c, grads.dbias);
+    if constexpr (!kLeavesSums) set(c, grads, map);
+  }
+
+  __device__ __forceinline__ void known(int64_t c, bool, A (&map)[5]) const {
+    const int64_t s = stat_of(geometry, c);
+    set(c, {sums[s], sums[stats_of(geometry) + s]}, map);
+  }
+
+  __device__ __forceinline__ void set(int64_t c, GradSums grads, A (&map)[5]) const {
     const double n = total_count != nullptr ? *total_count : count;
-    const double mean = stats[c], invstd = stats[geometry.cells() + c];
+    const double mean = mean_of(c), invstd = invstd_of(c), w = weight.get(channel_of(geometry, c), 1);
+    const bool shared = geometry.per_stat > 1;  // the sums are of weight * dy
     const double about = centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd));
-    const GradAffine<A> affine = make_grad_affine<A>(about, grads, n, mean, invstd, weight.get(c, 1));
+    const GradAffine<A> affine = make_grad_affine<A>(about, grads, n, mean, invstd, shared ? 1 : w);
     map[0] = affine.centre;
     map[1] = affine.slope;
     map[2] = affine.offset;
     map[3] = affine.scale;
+    map[4] = static_cast<A>(shared ? w : 1);
   }
 
   __device__ __forceinline__ int64_t* counter() const { return nullptr; }
 
-  // dx = scale * (dy - (x - centre) * slope - offset); in evaluation scale * dy, whatever x may be
-  template <int kWidth, int kLanes>
-  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[4][kLanes], int64_t offset) const {
+  // dx = scale * (weight * dy - (x - centre) * slope - offset); in evaluation scale * weight * dy, whatever x may be.
+  // Where the weight is a factor of the scale, it is 1 here: always so in a launch that reduces, too.
+  template <bool kReduces, int kWidth, int kLanes>
+  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[5][kLanes], int64_t offset) const {
     store_pack(dx + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;
-                 const A along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
-                 return c[3][l] * (packs.in[0].get(i) - (training ? along : A(0)));
+                 const A g = packs.in[0].get(i), along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
+                 const A rest = training ? along : A(0);
+                 return c[3][l] * (kReduces ? g - rest : fused(c[4][l], g, -rest));
                }));
   }
   __device__ __forceinline__ bool maps() const { return dx != nullptr; }
 
-  // The two launches of Policy::kSplit; what the first finds the second takes from `between`, [2 * cells].
+  // The two launches of Policy::kSplit; what the first finds the second takes from `between`, [2 * cells], or from what
+  // the caller gets.
   Backward reduction(double* between) const {
     Backward op = *this;
     op.dx = nullptr;
-    op.sums_out = between;
+    if (op.sums_out == nullptr) op.sums_out = between;
     return op;
   }
   Backward mapping(double* between) const {
     Backward op = *this;
-    op.sums = between;
-    op.dweight = op.dbias = {};
+    op.sums = sums_out != nullptr ? sums_out : between;
     return op;
   }
 };

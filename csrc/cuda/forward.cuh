@@ -31,7 +31,7 @@ struct Forward {
   int64_t* num_batches_tracked;
   const double* sums;  // as in sums.h, of kSums
   double* sums_out;    // the same, for the caller; then nothing else is
-  double* stats;       // [mean | invstd], out but for kStats
+  double* stats;       // [mean | invstd] of each statistic, out but for kStats
   bool centred;        // false: kStats, with mean = 0
 
   // The sums are about the first element, which is as close to the mean as any; sums in fp64 bear that.
@@ -103,7 +103,10 @@ struct Forward {
   __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums)
       return conclude(c, read_count(sums, geometry.cells()), read_sums(sums, geometry.cells(), c), leads, map);
-    if (source == Source::kStats) return set(c, count, centred ? stats[c] : 0, stats[geometry.cells() + c], map);
+    if (source == Source::kStats) {
+      const int64_t s = stat_of(geometry, c);
+      return set(c, count, centred ? stats[s] : 0, stats[stats_of(geometry) + s], map);
+    }
     const double mean = running_mean.get(c), invstd = 1 / sqrt(running_var.get(c) + eps);
     if (leads) write_stats(c, mean, invstd);
     set(c, INFINITY, mean, invstd, map);
@@ -132,9 +135,10 @@ struct Forward {
 
   // n as `count` in centre_of().
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
-    const double w = weight.get(c, 1);
+    const int64_t channel = channel_of(geometry, c);
+    const double w = weight.get(channel, 1);
     const double about = centre_of<A>(mean, invstd, n, w * invstd);
-    const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(c, 0));
+    const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(channel, 0));
     map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;
@@ -146,7 +150,7 @@ struct Forward {
   }
 
   // y = (x - centre) * scale + shift
-  template <int kWidth, int kLanes>
+  template <bool, int kWidth, int kLanes>
   __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
     store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
                  const int l = i % kLanes;

@@ -4,5 +4,9 @@ namespace batchnorm_ext::cuda {
 
 template void launch(const Forward<__half>&, const Request&);
 template void launch(const Backward<__half>&, const Request&);
+template void launch_combine(const CombineMoments<__half>&);
+template void launch_combine(const CombineGrads<__half>&);
+template int64_t launch_across(const AcrossForward<__half>&, bool, int64_t);
+template int64_t launch_across(const AcrossBackward<__half>&, bool, int64_t);
 
 }  // namespace batchnorm_ext::cuda

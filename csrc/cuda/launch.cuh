@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "across.cuh"
+#include "combine.cuh"
 #include "launch.h"
 #include "norm.cuh"
 #include "resources.h"
@@ -42,6 +44,21 @@ void launch(const Op& op, const Request& request) {
   static_cast<void>(cudaGetLastError());  // clears it
   refuse_cooperation();
   launch(op, request);
+}
+
+template <typename Op>
+void launch_combine(const Op& op) {
+  const auto blocks = static_cast<unsigned>((op.geometry.stats() + kWarps - 1) / kWarps);
+  combine_kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(op);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename Op>
+int64_t launch_across(const Op& op, bool aligned, int64_t most) {
+  return with_across_kernel<Op>(aligned, op.shape, most, [&](auto kernel, int64_t blocks, int64_t shared_bytes) {
+    kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(op);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
 }
 
 }  // namespace batchnorm_ext::cuda

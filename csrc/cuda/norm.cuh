@@ -81,7 +81,7 @@ __device__ __forceinline__ void map_chunk(const Shape& s, const Op& op, const Ch
     }
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
-      if (step + u < chunk.steps) op.map(packs[u], c, chunk.offset(step + u));
+      if (step + u < chunk.steps) op.template map<kKeeps>(packs[u], c, chunk.offset(step + u));
   }
 }
 
@@ -146,8 +146,9 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
       else
         op.template finish<kPhase == Phase::kReduce>(chunk.first + c, totals[c], Op::kMoments ? origins[c] : 0, leads,
                                                      map);
+      if constexpr (kPhase != Phase::kReduce)
 #pragma unroll
-      for (int i = 0; i < Op::kCoefficients; ++i) table[i * s.width + c] = map[i];
+        for (int i = 0; i < Op::kCoefficients; ++i) table[i * s.width + c] = map[i];
     }
     __syncthreads();
     if constexpr (kPhase != Phase::kReduce)

@@ -84,10 +84,12 @@ struct Channels {
   bool is_float = true;
 
   __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
-  __device__ __forceinline__ double get(int64_t c, double absent = 0) const {
+  __device__ __forceinline__ Acc<T> value(int64_t c, Acc<T> absent) const {
     if (data == nullptr) return absent;
-    return is_float ? static_cast<double>(static_cast<const float*>(data)[c * stride])
-                    : static_cast<double>(widen(static_cast<const T*>(data)[c * stride]));
+    return is_float ? static_cast<const float*>(data)[c * stride] : widen(static_cast<const T*>(data)[c * stride]);
+  }
+  __device__ __forceinline__ double get(int64_t c, double absent = 0) const {
+    return value(c, static_cast<Acc<T>>(absent));
   }
   __device__ __forceinline__ void set(int64_t c, double value) const {
     if (is_float)

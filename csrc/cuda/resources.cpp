@@ -87,7 +87,8 @@ Plan make_plan(const Request& request, int device) {
   return with_value_errors([&] { return Planner(request, describe(device), current.override).plan(); });
 }
 
-// Plans are made once for every shape, and again after another override.
+// Plans are made once for every shape, and again after another override. They are about cells, whatever shares a
+// statistic.
 const Plan& plan_for(const Request& r, int device) {
   using Key = std::array<int64_t, 13>;
   thread_local std::map<Key, Plan> plans;

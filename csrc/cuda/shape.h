@@ -37,6 +37,16 @@ struct Divider {
   }
 };
 
+// The statistic and the channel of a cell, of which there are at most 2^30: a quotient of 64 bits would take dozens of
+// instructions, and registers.
+BATCHNORM_EXT_HD int64_t stat_of(const Geometry& g, int64_t cell) {
+  return g.per_stat == 1 ? cell : static_cast<uint32_t>(cell) / static_cast<uint32_t>(g.per_stat);
+}
+BATCHNORM_EXT_HD int64_t stats_of(const Geometry& g) { return stat_of(g, g.cells()); }  // how many there are
+BATCHNORM_EXT_HD int64_t channel_of(const Geometry& g, int64_t cell) {
+  return g.batch == 1 ? cell : static_cast<uint32_t>(cell) % static_cast<uint32_t>(g.channels);
+}
+
 // Where a block has its arrays in shared memory, in bytes. Pairs are of the accumulation type.
 struct Layout {
   int32_t totals;        // double2 [width]: sums of the group

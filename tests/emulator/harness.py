@@ -22,6 +22,7 @@ def build(
     *,
     defines: Iterable[str] = (),
     include: Iterable[Path] = (),
+    flags: Iterable[str] = (),
     directory: Path,
 ) -> Path:
     """The executable of ``source``; ``include`` is searched before the emulator's own directory."""
@@ -30,6 +31,7 @@ def build(
         mode,
         defines=["BATCHNORM_EXT_EMULATOR", *defines],
         include=[*include, HERE],
+        flags=flags,
         directory=directory,
     )
 

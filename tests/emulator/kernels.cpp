@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cuda/norm.cuh"
 #include "cuda/planner.h"
+#include "emulate.h"
 #include "problem.h"
 #include "settings.h"
 
@@ -77,19 +77,7 @@ class Test : Problem<T> {
         row ? std::ceil(Exact(s.chunk) / kThreads) * plan.pack : std::ceil(Exact(s.chunk) / s.rows_at_once.divisor);
     walk_ = 2 * std::sqrt(own + kThreads);
     scratch_->clear();
-    const Workspace workspace(counters_->data(), scratch_->data(), scratch);
-    auto* const between = reinterpret_cast<double*>(scratch_->data() + scratch.between);
-    unsigned seed = static_cast<unsigned>(4 * settings_.number("seed") + 2 * turn);
-    cuda::run(plan, op, between, [&](Phase phase, const Launch& how, const Op& part) {
-      with_kernel<Op>(phase, plan, [&](auto kernel) {
-        emulator::launch({.grid = {static_cast<unsigned>(how.shape.teams), static_cast<unsigned>(how.shape.ranks)},
-                          .block = kThreads,
-                          .shared_bytes = static_cast<std::size_t>(how.shared_bytes),
-                          .cooperative = phase == Phase::kFused && how.shape.ranks > 1,
-                          .seed = seed++},
-                         kernel, how.shape, part, workspace);
-      });
-    });
+    emulate(plan, op, counters_->data(), scratch_->data(), 4 * settings_.number("seed") + 2 * turn);
     for (int64_t i = 0; i < counters_->size(); ++i) check("counters", i, (*counters_)[i] & 0x7fffffffu, 0, 0);
   }
 
@@ -166,10 +154,10 @@ class Test : Problem<T> {
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
         const int64_t c = cell_of(i);
         const Statistics& s = all[c];
-        const Exact xhat = (widen(x_[i]) - s.mean) / s.std, scaled = weight_.get(c) * xhat,
-                    bias = scales ? 0 : bias_.get(c);
-        const Exact error = std::fabs(weight_.get(c)) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
-                            lost(widen(x_[i]), s.mean, weight_.get(c) / s.std);
+        const Exact xhat = (widen(x_[i]) - s.mean) / s.std, weight = weight_.get(channel_of(g_, c)),
+                    scaled = weight * xhat, bias = scales ? 0 : bias_.get(channel_of(g_, c));
+        const Exact error = std::fabs(weight) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
+                            lost(widen(x_[i]), s.mean, weight / s.std);
         const Exact terms = std::fabs(scaled) + std::fabs(bias) + error;
         check_rounded<T>("y", i, widen(y[i]), scaled + bias, error + 4 * kUnit * terms);
       }
@@ -211,7 +199,8 @@ class Test : Problem<T> {
                      .training = training,
                      .count = static_cast<double>(n_),
                      .total_count = op == "grad_apply" ? count.data() : nullptr,
-                     .stats = stats.data(),
+                     .means = stats.data(),
+                     .invstds = stats.data() + channels,
                      .weight = weight_.view(),
                      .dweight = {},
                      .dbias = {},
@@ -242,7 +231,7 @@ class Test : Problem<T> {
       }
       for (int64_t i = 0; maps && i < g_.numel(); ++i) {
         const int64_t c = cell_of(i);
-        const Exact scale = weight_.get(c) * stats[channels + c];
+        const Exact scale = weight_.get(channel_of(g_, c)) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;
         const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = std::fabs(dy(i)) + terms;

@@ -39,6 +39,7 @@ class Settings {
       {"stats", "3"},          // its channels
       {"inner", "4"},          // its runs
       {"batch", "1"},          // samples that have statistics of their own
+      {"per_stat", "1"},       // channels of a statistic, where cells are combined
       {"data", "normal"},      // shifted outlier constant huge tiny loud limit spike nan inf
       {"gradient", "normal"},  // loud
       {"data_seed", "1"},      // of all numbers
