@@ -31,7 +31,7 @@ def normalize(
     counter that the operator does not take. With ``groups`` each sample has statistics of its own
     for each of so many groups of channels.
     """
-    fits = isinstance(eps, NUMBER) and (eps > 0 or groups > 0 or (eps == 0 and not training))
+    fits = isinstance(eps, _NUMBER) and (eps > 0 or groups > 0 or (eps == 0 and not training))
     if fits and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
             if not training or (running_mean is None and running_var is None):
@@ -55,14 +55,14 @@ def normalize(
 
 
 def by_operator(
-    native: Native, tensors: tuple[Tensor | None, ...], operator: Callable, *arguments
+    native: Native, eps: float, tensors: tuple[Tensor | None, ...], operator: Callable, *arguments
 ) -> Tensor | None:
     """The first output of an operator that writes nothing, or None where the call is torch's own.
 
-    ``tensors``: those among the arguments, the input first. ``operator`` may be a function around
-    one, which returns None where it has nothing to compute.
+    ``eps`` and ``tensors``, the input first, are those among the arguments. ``operator`` may be a
+    function around one, which returns None where it has nothing to compute.
     """
-    if _ops.leaves_process() or not _ops.takes(native, *tensors):
+    if not isinstance(eps, _NUMBER) or _ops.leaves_process() or not _ops.takes(native, *tensors):
         return None
     try:
         outputs = operator(*arguments)
@@ -74,8 +74,8 @@ def by_operator(
     return None if outputs is None else outputs[0]
 
 
-NUMBER = (float, int)
-_MOMENTUM = (*NUMBER, type(None))
+_NUMBER = (float, int)
+_MOMENTUM = (*_NUMBER, type(None))
 
 
 def _by_torch(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from batchnorm_ext import _ops
 from batchnorm_ext._native import LAYER_NORM, LAYER_NORM_OF_CHANNELS
-from batchnorm_ext._normalize import NUMBER, by_operator
+from batchnorm_ext._normalize import by_operator
 
 __all__ = ["as_autocast", "default_rms_eps", "layer_norm_of_channels", "root_mean_square"]
 
@@ -30,10 +30,9 @@ def layer_norm_of_channels(
     if channel_dim != 1:
         raise ValueError(f"expected channel_dim to be None or 1, got {channel_dim}")
     if not torch.jit.is_scripting():
-        output, tensors = None, (input, weight, bias)
-        if isinstance(eps, NUMBER):
-            arguments = (*tensors, normalized_shape, eps)
-            output = by_operator(LAYER_NORM_OF_CHANNELS, tensors, _over_channels, *arguments)
+        tensors = (input, weight, bias)
+        arguments = (*tensors, normalized_shape, eps)
+        output = by_operator(LAYER_NORM_OF_CHANNELS, eps, tensors, _over_channels, *arguments)
         if output is not None:
             return output
         rows = input.movedim(1, -1)

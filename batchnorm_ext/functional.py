@@ -13,7 +13,7 @@ from batchnorm_ext._native import (
     LAYER_NORM_OF_CHANNELS,
     RMS_NORM,
 )
-from batchnorm_ext._normalize import NUMBER, by_operator, normalize
+from batchnorm_ext._normalize import by_operator, normalize
 from batchnorm_ext._rows import as_autocast, layer_norm_of_channels, root_mean_square
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -198,11 +198,10 @@ def group_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        output = None
-        usual = isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0
-        if usual and isinstance(eps, NUMBER):
+        output, tensors = None, (input, weight, bias)
+        if isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0:
             arguments = (as_autocast(input), weight, bias, None, None, True, eps, num_groups)
-            output = by_operator(GROUP_NORM, (input, weight, bias), _ops.batch_norm, *arguments)
+            output = by_operator(GROUP_NORM, eps, tensors, _ops.batch_norm, *arguments)
         return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
     return F.group_norm(input, num_groups, weight, bias, eps)
 
@@ -249,10 +248,8 @@ def layer_norm(
     if channel_dim is not None:
         return layer_norm_of_channels(input, normalized_shape, weight, bias, eps, channel_dim)
     if not torch.jit.is_scripting():
-        output = None
-        if isinstance(eps, NUMBER):
-            arguments = (input, normalized_shape, weight, bias, True, eps)
-            output = by_operator(LAYER_NORM, (input, weight, bias), _ops.layer_norm, *arguments)
+        arguments = (input, normalized_shape, weight, bias, True, eps)
+        output = by_operator(LAYER_NORM, eps, (input, weight, bias), _ops.layer_norm, *arguments)
         return LAYER_NORM(input, normalized_shape, weight, bias, eps) if output is None else output
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -292,10 +289,8 @@ def rms_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        output = None
-        if eps is None or isinstance(eps, NUMBER):
-            arguments = (input, normalized_shape, weight, eps)
-            output = by_operator(RMS_NORM, (input, weight), root_mean_square, *arguments)
+        arguments = (input, normalized_shape, weight, eps)
+        output = by_operator(RMS_NORM, eps or 0.0, (input, weight), root_mean_square, *arguments)
         return RMS_NORM(input, normalized_shape, weight, eps) if output is None else output
     return F.rms_norm(input, normalized_shape, weight, eps)
 

@@ -55,7 +55,7 @@ class _WeightNorm(_Native):
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             tensors = (weight_v, weight_g)
-            weight = by_operator(WEIGHT_NORM, tensors, _normalized, *tensors, self.dim)
+            weight = by_operator(WEIGHT_NORM, 0.0, tensors, _normalized, *tensors, self.dim)
             if weight is not None:
                 return weight
         return torch._weight_norm(weight_v, weight_g, self.dim)
