@@ -57,12 +57,12 @@ struct WeightNorm : torch::autograd::Function<WeightNorm> {
   }
 };
 
-Tensor weight_norm(const Tensor& v, const Tensor& g, int64_t dim) {
-  return WeightNorm::apply(v.contiguous(), g.contiguous(), dim);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) { m.impl("weight_norm", weight_norm); }
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
+  m.impl("weight_norm", [](const Tensor& v, const Tensor& g, int64_t dim) {
+    return WeightNorm::apply(v.contiguous(), g.contiguous(), dim);
+  });
+}
 
 }  // namespace batchnorm_ext

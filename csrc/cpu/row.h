@@ -156,6 +156,7 @@ class Row {
   static void few_moments(const T* const (&rows)[R], int64_t n, double* mean, double* m2) {
     constexpr int V = kParts<T>;
     const double count = static_cast<double>(n);
+    A middle[R];
     Vec<A> sums[R][V], squares[R][V], centre[R];
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < V; ++q) sums[r][q] = squares[r][q] = Vec<A>(0);
@@ -167,9 +168,8 @@ class Row {
       }
     });
     for (int r = 0; r < R; ++r) {
-      const A middle = static_cast<A>(sum_of_vectors(sums[r]) / count);
-      mean[r] = middle;
-      centre[r] = Vec<A>(middle);
+      middle[r] = static_cast<A>(sum_of_vectors(sums[r]) / count);
+      centre[r] = Vec<A>(middle[r]);
       for (int q = 0; q < V; ++q) sums[r][q] = Vec<A>(0);
     }
     const auto add = [&](int r, const Block<A, V>& v) __attribute__((always_inline)) {
@@ -190,7 +190,7 @@ class Row {
     }
     for (int r = 0; r < R; ++r) {
       const double sum = sum_of_vectors(sums[r]), shift = sum / count, second = sum_of_vectors(squares[r]);
-      mean[r] += shift;
+      mean[r] = middle[r] + shift;
       m2[r] = second - sum * shift;
       if (second > 0) continue;
       for (int q = 0; q < V; ++q) sums[r][q] = sums[r][q].abs();
