@@ -267,7 +267,7 @@ def _(lib):
     return step(numbered(lib.BatchNorm2d(3)), x)
 
 
-# Native on one thread adds up the terms one by one: the roundings of a sum are as many as its terms.
+# Native on one thread adds up the terms one by one: a sum has as many roundings as terms.
 @situation("values: many samples of few channels", scale=4 * 20000)
 def _(lib):
     return step(numbered(lib.BatchNorm1d(2)), batch(20000, 2))
