@@ -1,11 +1,12 @@
 // The launches of a plan, in the emulator.
 #pragma once
 
+#include <emulator.h>  // by the search path: a copy with an error in it comes first
+
 #include <cstddef>
 #include <cstdint>
 
 #include "cuda/norm.cuh"
-#include <emulator.h>  // by the search path: a copy with an error in it comes first
 
 namespace batchnorm_ext::cuda {
 
