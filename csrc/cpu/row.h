@@ -156,7 +156,7 @@ class Row {
   static void few_moments(const T* const (&rows)[R], int64_t n, double* mean, double* m2) {
     constexpr int V = kParts<T>;
     const double count = static_cast<double>(n);
-    A middle[R];
+    A middle[R];  // GCC 12 leaves out the rounding of a value that is first stored as a double
     Vec<A> sums[R][V], squares[R][V], centre[R];
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < V; ++q) sums[r][q] = squares[r][q] = Vec<A>(0);
