@@ -66,8 +66,8 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each call, and the share of the processors that others used.
 
-    Every round samples each call once, in an order that rotates, so that no call always follows the
-    same one. A sample repeats a short call until it lasts `sample_seconds`.
+    Every round samples each call once, in an order that rotates and turns around, so that no call
+    always finds in the caches what the same other one has left there. A sample repeats a short call until it lasts `sample_seconds`.
     """
     repetitions = {}
     for name, call in calls.items():
@@ -81,7 +81,8 @@ def interleaved(
         before = processor_seconds()
         for i in range(rounds):
             first = i % len(names)
-            for name in names[first:] + names[:first]:
+            order = names[first:] + names[:first]
+            for name in order if i % 2 == 0 else reversed(order):
                 samples[name].append(sample(calls[name], repetitions[name]))
                 after_sample()
         total, others = (b - a for a, b in zip(before, processor_seconds(), strict=True))
