@@ -66,8 +66,9 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of each call, and the share of the processors that others used.
 
-    Every round samples each call once, in an order that rotates and turns around, so that no call
-    always finds in the caches what the same other one has left there. A sample repeats a short call until it lasts `sample_seconds`.
+    Every round samples each call once, in an order that rotates and turns around: no call always
+    finds in the caches what the same other one has left. A sample repeats a short call until it
+    lasts `sample_seconds`.
     """
     repetitions = {}
     for name, call in calls.items():
