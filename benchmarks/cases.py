@@ -32,7 +32,7 @@ FAMILY = {
     "LayerNorm of channels": (USUAL, LAYOUTS, [(16, 96, 56, 56)]),
     "LayerNorm": ROWS,
     "RMSNorm": ROWS,
-    "weight_norm": (DTYPES, ["rows"], [(512, 512, 3, 3), (1024, 4096), (64, 3, 7, 7)]),
+    "weight_norm": (USUAL, ["rows"], [(512, 512, 3, 3), (1024, 4096), (64, 3, 7, 7)]),
 }
 
 
