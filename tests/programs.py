@@ -111,6 +111,12 @@ def unsupported(mode: str) -> str | None:
     return None if result.code == 0 else f"no {mode} mode: exit code {result.code}, {result.err}"
 
 
+def skip_without(mode: str) -> None:
+    """Skip the test where there are no programs in this mode; --require-sanitizers forbids that."""
+    if reason := unsupported(mode):
+        pytest.skip(reason)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A file with an error in it, which is to end a program with this code."""

@@ -14,7 +14,18 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from programs import CSRC, MEMORY, RACE, WRONG, Mutant, build, run, selected, unsupported
+from programs import (
+    CSRC,
+    MEMORY,
+    RACE,
+    WRONG,
+    Mutant,
+    build,
+    run,
+    selected,
+    skip_without,
+    unsupported,
+)
 
 HERE = Path(__file__).resolve().parent
 ELEMENTS = {"f32": "float", "f64": "double", "f16": "c10::Half", "bf16": "c10::BFloat16"}
@@ -260,8 +271,7 @@ def escapes(request, pool, tmp_path_factory) -> dict[Mutant, Future[list[str]]]:
 
 @pytest.mark.parametrize("mode_and_dtype", BUILDS, ids="-".join)
 def test_kernels(kernels, escapes, mode_and_dtype):
-    if reason := unsupported(mode_and_dtype[0]):
-        pytest.skip(reason)
+    skip_without(mode_and_dtype[0])
     program = kernels[mode_and_dtype].result()
     for data in DATA[mode_and_dtype[0]]:
         result = run(program, data)
@@ -270,6 +280,5 @@ def test_kernels(kernels, escapes, mode_and_dtype):
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_reported(escapes, mutant):
-    if reason := unsupported(mutant.mode):
-        pytest.skip(reason)
+    skip_without(mutant.mode)
     assert not (ends := escapes[mutant].result()), "\n".join(ends)

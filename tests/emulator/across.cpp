@@ -137,16 +137,6 @@ class Test : Problem<T> {
 
 int main(int count, char** arguments) {
   const Settings settings(count, arguments);
-  const std::string& dtype = settings.text("dtype");
-  if (dtype == "f32")
-    Test<float>(settings).run();
-  else if (dtype == "f64")
-    Test<double>(settings).run();
-  else if (dtype == "f16")
-    Test<__half>(settings).run();
-  else if (dtype == "bf16")
-    Test<__nv_bfloat16>(settings).run();
-  else
-    Settings::misuse(dtype);
+  with_dtype(settings, [&](auto type) { Test<decltype(type)>(settings).run(); });
   return failed;
 }

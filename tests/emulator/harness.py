@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,19 @@ def run(binary: Path, *arguments: object) -> Result:
     result = programs.run(binary, *arguments)
     lines = result.err.splitlines(keepends=True)
     return replace(result, err="".join(line for line in lines if _SWAPCONTEXT_WARNING not in line))
+
+
+def assert_passes(
+    program: Path, pool: ThreadPoolExecutor, commands: list[list[str]], start=""
+) -> None:
+    """Assert that the program succeeds on each of the commands, with an output that starts so."""
+    results = pool.map(lambda command: run(program, *command), commands)
+    failures = [
+        f"{shlex.join([str(program), *command])}\n{result.out}{result.err}"
+        for command, result in zip(commands, results, strict=True)
+        if result.code or not result.out.startswith(start)
+    ]
+    assert not failures, "\n".join([f"{len(failures)} of {len(commands)} fail", *failures])
 
 
 def mutants(path: Path, pattern: str) -> Iterator[tuple[int, str]]:

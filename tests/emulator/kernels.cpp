@@ -252,20 +252,6 @@ class Test : Problem<T> {
 
 int main(int count, char** arguments) {
   const Settings settings(count, arguments);
-#if defined(BATCHNORM_EXT_KERNELS_OF)  // one type, for mutants: there are many to compile
-  Test<BATCHNORM_EXT_KERNELS_OF>(settings).run();
-#else
-  const std::string& dtype = settings.text("dtype");
-  if (dtype == "f32")
-    Test<float>(settings).run();
-  else if (dtype == "f64")
-    Test<double>(settings).run();
-  else if (dtype == "f16")
-    Test<__half>(settings).run();
-  else if (dtype == "bf16")
-    Test<__nv_bfloat16>(settings).run();
-  else
-    Settings::misuse(dtype);
-#endif
+  with_dtype(settings, [&](auto type) { Test<decltype(type)>(settings).run(); });
   return failed;
 }

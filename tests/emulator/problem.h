@@ -27,6 +27,26 @@ struct Statistics {
   Exact invstd_error() const { return 1 / std::sqrt(std::max(1 - var_error, least)) - 1 + 0x1p-51L; }
 };
 
+// f(T()) with the type that the settings name.
+template <typename F>
+void with_dtype(const Settings& settings, const F& f) {
+#if defined(BATCHNORM_EXT_KERNELS_OF)  // one type, for mutants: there are many to compile
+  f(BATCHNORM_EXT_KERNELS_OF());
+#else
+  const std::string& dtype = settings.text("dtype");
+  if (dtype == "f32")
+    f(float());
+  else if (dtype == "f64")
+    f(double());
+  else if (dtype == "f16")
+    f(__half());
+  else if (dtype == "bf16")
+    f(__nv_bfloat16());
+  else
+    Settings::misuse(dtype);
+#endif
+}
+
 template <typename T>
 class Problem {
  public:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 
-from emulator.harness import HERE, build, mutants, run
+from emulator.harness import HERE, assert_passes, build, mutants, run
 from emulator.test_kernels import BARRIER, DTYPES
-from programs import CSRC, MODES, WRONG, Mutant, unsupported
+from programs import CSRC, MODES, WRONG, Mutant, skip_without
 
 SHAPES = [  # samples, channels and pixels, for blocks of two warps
     (2, 12, 64),  # whole packs
@@ -48,23 +47,13 @@ def configurations() -> list[list[str]]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations(mode, pool, tmp_path):
-    if reason := unsupported(mode):
-        pytest.skip(reason)
-    program = compiled(mode, tmp_path)
-    commands = configurations()
-    results = pool.map(lambda command: run(program, *command), commands)
-    failures = [
-        f"{shlex.join([str(program), *command])}\n{result.out}{result.err}"
-        for command, result in zip(commands, results, strict=True)
-        if result.code
-    ]
-    assert not failures, "\n".join(failures)
+    skip_without(mode)
+    assert_passes(compiled(mode, tmp_path), pool, configurations())
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_reported(mutant, pool, tmp_path):
-    if reason := unsupported(mutant.mode):
-        pytest.skip(reason)
+    skip_without(mutant.mode)
     with mutant.tree(tmp_path) as tree:
         program = compiled(mutant.mode, tmp_path, tree)
         ends = list(pool.map(lambda command: run(program, *command), configurations()))

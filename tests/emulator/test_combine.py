@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-
 import pytest
 
-from emulator.harness import HERE, build, run
-from programs import CSRC, MODES, unsupported
+from emulator.harness import HERE, assert_passes, build
+from programs import CSRC, MODES, skip_without
 
 CONFIGURATIONS = [
     f"dtype={dtype} batch={batch} stats={channels} per_stat={per_stat} outer={outer} inner={inner} "
@@ -31,14 +29,7 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations(mode, pool, tmp_path):
-    if reason := unsupported(mode):
-        pytest.skip(reason)
+    skip_without(mode)
     defines = ["BATCHNORM_EXT_CUDA_THREADS=64"]
     program = build(HERE / "combine.cpp", mode, defines=defines, include=[CSRC], directory=tmp_path)
-    results = pool.map(lambda text: run(program, *text.split()), CONFIGURATIONS)
-    failures = [
-        f"{shlex.join([str(program), *text.split()])}\n{result.out}{result.err}"
-        for text, result in zip(CONFIGURATIONS, results, strict=True)
-        if result.code
-    ]
-    assert not failures, "\n".join(failures)
+    assert_passes(program, pool, [text.split() for text in CONFIGURATIONS])

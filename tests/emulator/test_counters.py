@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emulator.harness import HERE, build, run
-from programs import CSRC, MODES, Result, unsupported
+from programs import CSRC, MODES, Result, skip_without
 
 CASES = [
     "launches_on_a_stream_share_counters",
@@ -23,8 +23,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=MODES)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := unsupported(request.param):
-        pytest.skip(reason)
+    skip_without(request.param)
     directory = tmp_path_factory.mktemp("counters")
     return build(HERE / "counters.cpp", request.param, include=[CSRC], directory=directory)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from emulator.harness import HERE, MISUSE, build, mutants, run
-from programs import MEMORY, MODES, RACE, Result, unsupported
+from programs import MEMORY, MODES, RACE, Result, skip_without
 
 SOURCE = HERE / "selftest.cpp"
 SEEDS = range(3)
@@ -50,8 +50,7 @@ MEMORY_ERRORS = {
 
 @pytest.fixture(scope="module", params=MODES)
 def mode(request: pytest.FixtureRequest) -> str:
-    if reason := unsupported(request.param):
-        pytest.skip(reason)
+    skip_without(request.param)
     return request.param
 
 

@@ -26,19 +26,16 @@ def small(cases: list) -> list:
 
 
 @pytest.mark.usefixtures("_support_calls_cuda")
-@pytest.mark.parametrize("case", small(TRAINING_CASES), ids=str)
-def test_batch_norm_in_training(case):
+@pytest.mark.parametrize(
+    ("training", "case"),
+    [(True, case) for case in small(TRAINING_CASES)]
+    + [(False, case) for case in small(EVAL_CASES)],
+    ids=str,
+)
+def test_batch_norm(training, case):
     problem = make_problem(case)
-    _, stats = check_forward(problem, training=True)
-    check_backward(problem, True, stats)
-
-
-@pytest.mark.usefixtures("_support_calls_cuda")
-@pytest.mark.parametrize("case", small(EVAL_CASES), ids=str)
-def test_batch_norm_in_evaluation(case):
-    problem = make_problem(case)
-    _, stats = check_forward(problem, training=False)
-    check_backward(problem, False, stats)
+    _, stats = check_forward(problem, training)
+    check_backward(problem, training, stats)
 
 
 def test_empty():

@@ -7,15 +7,14 @@ others. A failure prints the command line that repeats it.
 from __future__ import annotations
 
 import random
-import shlex
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from emulator.harness import HERE, MISUSE, build, mutants, run
-from programs import CSRC, RACE, WRONG, Mutant, selected, unsupported
+from emulator.harness import HERE, MISUSE, assert_passes, build, mutants, run
+from programs import CSRC, RACE, WRONG, Mutant, selected, skip_without, unsupported
 
 SOURCE = HERE / "kernels.cpp"
 
@@ -192,24 +191,11 @@ def escapes(request, pool, tmp_path_factory) -> dict[Mutant, Future[list[str]]]:
     return {mutant: pool.submit(escape, mutant, directory) for mutant in hunted}
 
 
-def assert_passes(
-    program: Path, pool: ThreadPoolExecutor, commands: list[list[str]], start=""
-) -> None:
-    results = pool.map(lambda command: run(program, *command), commands)
-    failures = [
-        f"{shlex.join([str(program), *command])}\n{result.out}{result.err}"
-        for command, result in zip(commands, results, strict=True)
-        if result.code or not result.out.startswith(start)
-    ]
-    assert not failures, "\n".join([f"{len(failures)} of {len(commands)} fail", *failures])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "policy"), [(op, p) for op in POLICIES for p in POLICIES[op]])
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations(programs, pool, mode, op, policy, dtype):
-    if reason := unsupported(mode):
-        pytest.skip(reason)
+    skip_without(mode)
     commands = configurations(op, policy, dtype)
     if MODES[mode]:
         commands = random.Random(f"{mode} {op} {policy} {dtype}").sample(commands, MODES[mode])
@@ -226,13 +212,11 @@ def test_momentum_of_nan_is_no_cumulative_average(programs, pool, mode, plan):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_net_is_for_mutants_only(programs, pool, mode):
-    if reason := unsupported(mode):
-        pytest.skip(reason)
+    skip_without(mode)
     assert_passes(programs[mode].result(), pool, [settings.split() for settings in NET])
 
 
 @pytest.mark.parametrize("mutant", list(all_mutants()), ids=str)
 def test_mutant_is_reported(escapes, mutant):
-    if reason := unsupported(mutant.mode):
-        pytest.skip(reason)
+    skip_without(mutant.mode)
     assert not (ends := escapes[mutant].result()), "\n".join(ends)
