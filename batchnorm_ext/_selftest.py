@@ -16,6 +16,7 @@ from batchnorm_ext._native import (
     GROUP_NORM,
     INSTANCE_NORM,
     LAYER_NORM,
+    LAYER_NORM_OF_CHANNELS,
     RMS_NORM,
     WEIGHT_NORM,
     Native,
@@ -58,7 +59,7 @@ NORMS = {
     ),
     "GroupNorm": Norm(GROUP_NORM, lambda lib: lib.GroupNorm(4, 24), _IMAGES),
     "LayerNorm": Norm(LAYER_NORM, lambda lib: lib.LayerNorm(37), _ROWS),
-    "LayerNorm of channels": Norm(LAYER_NORM, _over_channels, _IMAGES),
+    "LayerNorm of channels": Norm(LAYER_NORM_OF_CHANNELS, _over_channels, _IMAGES),
     "RMSNorm": Norm(RMS_NORM, lambda lib: lib.RMSNorm(37, eps=1e-6), _ROWS),
     "weight_norm": Norm(WEIGHT_NORM, _weight_norm, (9, 37)),
 }
@@ -154,7 +155,7 @@ def _other_norm(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
     ours = norm.make(modules).to(case.device, case.dtype).train(case.training)
     for tensor in ours.parameters():
         tensor.data.copy_(normal(*tensor.shape) + 1)
-    exact = norm.make(nn).double().train(case.training)
+    exact = norm.make(nn).to(case.device, torch.float64).train(case.training)
     exact.load_state_dict(copy.deepcopy(ours.state_dict()))
     x, dy = (normal(*case.size).to(case.device, case.dtype) for _ in range(2))
     x, dy = (x + 2).to(memory_format=case.memory_format), dy.to(memory_format=case.memory_format)

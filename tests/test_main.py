@@ -56,7 +56,7 @@ def test_wrong_results_fail_the_self_test(name, factor, small, capsys, monkeypat
 
 
 @pytest.mark.parametrize("norm", _selftest.NORMS)
-@pytest.mark.only("cpu", reason="on CUDA these norms are PyTorch's own")
+@pytest.mark.only("cpu", reason="on CUDA some of these are PyTorch's own")
 def test_wrong_results_of_other_norms_fail_the_self_test(norm, small, capsys, monkeypatch):
     def wrong(*arguments):
         outputs = operator(*arguments)
