@@ -119,13 +119,13 @@ def main() -> None:
     parser.add_argument("--name", default="layers", help="of the CSV file of BatchNorm")
     args = parser.parse_args()
     environment.start(args)
-    if args.family is not None:
-        cases = family_cases(args.family or FAMILY)[:: 7 if args.quick else 1]
-        return run(args, "family", cases, measure, report.family_table)
-    cases = chosen_cases(args)[:: 12 if args.quick else 1]
     # Graphs are captured on a stream that is not the default one. A backward runs on the stream of
     # its forward.
     with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
+        if args.family is not None:
+            cases = family_cases(args.family or FAMILY)[:: 7 if args.quick else 1]
+            return run(args, "family", cases, measure, report.family_table)
+        cases = chosen_cases(args)[:: 12 if args.quick else 1]
         run(args, args.name, cases, measure, report.layer_report)
 
 
