@@ -134,6 +134,8 @@ def test_gradient_of_a_graph_is_finite_where_the_plain_one_is(dtype, scale, eps,
 @pytest.mark.parametrize("groups, centred", [(0, True), (2, True), (2, False)])
 def test_gradient_of_a_graph_of_channels_far_from_zero(groups, centred, device):
     """The mean was rounded to float32: at a million standard deviations 2% of the values."""
+    if not centred and device.type == "cuda":
+        pytest.skip("there are no kernels for root mean squares on CUDA")
     x = (1e6 + torch.randn(8, 4, 6, 6, dtype=torch.float64)).float().to(device)
     weight, dy, other = (torch.randn(size, device=device) for size in (4, x.shape, x.shape))
 

@@ -19,8 +19,8 @@ def small(monkeypatch):
 def test_self_test_passes(device):
     # 5 sizes, 3 of them in two memory formats; 4 dtypes; training and evaluation
     cases = list(_selftest.cases(device))
-    # 6 other norms, 3 of them in two memory formats, in training
-    others = 36 if device.type == "cpu" else 0
+    # 6 other norms, 3 of them in two memory formats, in training; a GPU has kernels for those 3
+    others = 36 if device.type == "cpu" else 24
     assert len(cases) == 64 + others and not [
         text for text in map(_selftest.failure, cases) if text
     ]

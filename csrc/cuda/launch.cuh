@@ -48,7 +48,7 @@ void launch(const Op& op, const Request& request) {
 
 template <typename Op>
 void launch_combine(const Op& op) {
-  const auto blocks = static_cast<unsigned>((op.geometry.stats() + kWarps - 1) / kWarps);
+  const auto blocks = static_cast<unsigned>((op.warps() + kWarps - 1) / kWarps);
   combine_kernel<<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(op);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

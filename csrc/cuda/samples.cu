@@ -74,7 +74,8 @@ Normalized normalize_samples(const Operands& o, const Spec& s) {
 
 void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight, const Tensor& stats, bool training,
                          const Tensor& dx, const Tensor& dweight, const Tensor& dbias) {
-  if (!dx.defined() && !dweight.defined() && !dbias.defined()) return;
+  const bool wants_parameters = dweight.defined() || dbias.defined(), maps = dx.defined();
+  if (!maps && !wants_parameters) return;
   const Geometry& g = gradient.geometry;
   const Tensor sums = empty_sums(gradient.x, 2 * g.cells());
   with_dtype(gradient.x.scalar_type(), [&](auto type) {
@@ -83,22 +84,21 @@ void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight,
     op.training = training;
     op.sums_out = write<double>(sums);
     op.count = static_cast<double>(g.cell_count());
-    const bool maps = dx.defined(), maps_later = maps && g.per_stat > 1;
+    const bool maps_later = maps && g.per_stat > 1;
     if (maps && !maps_later) op.dx = write<T>(dx);
     launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), true, maps && !maps_later));
+    if (!wants_parameters && !maps_later) return;
+    const Tensor combined = maps_later ? empty_sums(gradient.x, 2 * g.stats()) : Tensor();
+    launch_combine(CombineGrads<T>{g, op.weight, write_channels<T>(optional(dweight)),
+                                   write_channels<T>(optional(dbias)), read<double>(sums),
+                                   maps_later ? write<double>(combined) : nullptr});
     if (!maps_later) return;
-    const Tensor combined = empty_sums(gradient.x, 2 * g.stats());
-    launch_combine(CombineGrads<T>{g, op.weight, read<double>(sums), write<double>(combined)});
     op.dx = write<T>(dx);
     op.sums = read<double>(combined);
     op.sums_out = nullptr;
     op.count = static_cast<double>(g.count());
     launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), false, true));
   });
-  if (!dweight.defined() && !dbias.defined()) return;
-  const Tensor totals = sums.view({2, g.batch, g.channels}).sum(1);
-  if (dbias.defined()) dbias.copy_(totals[0]);
-  if (dweight.defined()) dweight.copy_(totals[1]);
 }
 
 }  // namespace batchnorm_ext::cuda

@@ -34,7 +34,7 @@ class Test : Problem<T> {
 
  private:
   void launch(const auto& op) const {
-    const auto blocks = static_cast<unsigned>((g_.stats() + kWarps - 1) / kWarps);
+    const auto blocks = static_cast<unsigned>((op.warps() + kWarps - 1) / kWarps);
     emulator::launch({.grid = {blocks}, .block = kThreads, .seed = static_cast<unsigned>(settings_.number("seed"))},
                      combine_kernel<std::remove_cvref_t<decltype(op)>>, op);
   }
@@ -72,21 +72,42 @@ class Test : Problem<T> {
     }
   }
 
+  // The sums over samples of each channel.
+  std::vector<Exact> of_channels(const std::vector<Exact>& cells) const {
+    std::vector<Exact> result(g_.channels);
+    for (int64_t c = 0; c < g_.cells(); ++c) result[c % g_.channels] += cells[c];
+    return result;
+  }
+
   void combine_grads() const {
     const std::vector<Exact> dbias = sums([&](int64_t i) { return widen(dy_[i]); });
     const std::vector<Exact> dweight = sums([&](int64_t i) { return Exact(widen(dy_[i])) * widen(x_[i]); });
     const Buffer<double> in(2 * g_.cells()), combined(2 * g_.stats());
-    std::vector<Exact> expected[2], terms[2];
+    const Buffer<float> gradients[2] = {Buffer<float>(g_.channels), Buffer<float>(g_.channels)};
+    std::vector<Exact> expected[2], terms[2], parameters[2], parameter_terms[2];
     for (int half = 0; half < 2; ++half) {
       std::vector<Exact> cells = half == 0 ? dbias : dweight, sizes(g_.cells());
       for (int64_t c = 0; c < g_.cells(); ++c) {
         in[half * g_.cells() + c] = static_cast<double>(cells[c]);
-        cells[c] = Exact(in[half * g_.cells() + c]) * weight_.get(channel_of(g_, c));
-        sizes[c] = std::fabs(cells[c]);
+        cells[c] = in[half * g_.cells() + c];
       }
-      expected[half] = of_stats(cells), terms[half] = of_stats(sizes);
+      const auto size_of_all = [&] {
+        for (int64_t c = 0; c < g_.cells(); ++c) sizes[c] = std::fabs(cells[c]);
+        return sizes;
+      };
+      parameters[half] = of_channels(cells), parameter_terms[half] = of_channels(size_of_all());
+      for (int64_t c = 0; c < g_.cells(); ++c) cells[c] *= weight_.get(channel_of(g_, c));
+      expected[half] = of_stats(cells), terms[half] = of_stats(size_of_all());
     }
-    launch(CombineGrads<T>{g_, weight_.view(), in.data(), combined.data()});
+    for (double* const out : {combined.data(), static_cast<double*>(nullptr)}) {
+      for (const Buffer<float>& of : gradients) std::fill_n(of.data(), g_.channels, NAN);
+      launch(CombineGrads<T>{g_, weight_.view(), {gradients[1].data()}, {gradients[0].data()}, in.data(), out});
+      for (int64_t i = 0; i < 2 * g_.channels; ++i) {
+        const int64_t half = i / g_.channels, c = i % g_.channels;
+        check_rounded<float>(half == 0 ? "dbias" : "dweight", c, gradients[half][c], parameters[half][c],
+                             g_.batch * kMergeUnit * parameter_terms[half][c]);
+      }
+    }
     for (int64_t i = 0; i < 2 * g_.stats(); ++i) {
       const int64_t half = i / g_.stats(), s = i % g_.stats();
       check("combined", i, combined[i], expected[half][s], g_.per_stat * kMergeUnit * terms[half][s]);

@@ -32,7 +32,7 @@ void launch(const Op& op, const Request& request) {
 
 template <typename Op>
 void launch_combine(const Op& op) {
-  const auto blocks = static_cast<unsigned>((op.geometry.stats() + kWarps - 1) / kWarps);
+  const auto blocks = static_cast<unsigned>((op.warps() + kWarps - 1) / kWarps);
   emulator::launch({.grid = {blocks}, .block = kThreads, .seed = 1}, combine_kernel<Op>, op);
 }
 
