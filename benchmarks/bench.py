@@ -55,8 +55,9 @@ def contestants(what: str, case: dict, sets: list[tuple]) -> dict[str, list[timi
     layers = norms.layers(case.get("norm", "BatchNorm"), x.shape)
     if "norm" in case:  # parameters are of the dtype of the input, as in model.bfloat16()
         layers = {name: layer.to(x.dtype) for name, layer in layers.items()}
-        torch._dynamo.reset()
-        layers["compiled"] = torch.compile(layers["native"], dynamic=False)
+        if x.is_cpu:  # on a GPU, compilers would take most of the minutes of a run
+            torch._dynamo.reset()
+            layers["compiled"] = torch.compile(layers["native"], dynamic=False)
     functions = {"ours": batchnorm_ext.functional.batch_norm, "native": F.batch_norm}
     calls = {"copy": [x.detach().clone for x, _ in sets]}
     for name, layer in layers.items():

@@ -116,6 +116,8 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
     bench += "--pass forward backward eval --dtype bf16 fp16 fp32 "
     steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50"
     large, usual = "--shapes resnet50 --batch 256", "--shapes resnet50 mobilenetv2 large"
+    family = f"{python} benchmarks/bench.py --device cuda --rounds 5 --out {out} --family "
+    family += "GroupNorm InstanceNorm 'LayerNorm of channels'"
     layers = [f"{bench} --name layers-256 {large}", f"{bench} --name layers-32 {usual}"]
     return [
         Stage("build", 10, [build]),
@@ -123,6 +125,7 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
         Stage("memcheck", 3, [sanitize.format("memcheck")]),
         Stage("racecheck", 3, [sanitize.format("racecheck")]),
         Stage("tuning", 6, [f"{python} benchmarks/tune.py --batch 256 32 --out {out}"]),
+        Stage("other norms", 3, [family]),
         Stage("layers", 8, layers),
         Stage("training steps", 6, [f"{steps} --batch 128 --dtype bf16"]),
     ]

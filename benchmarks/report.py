@@ -121,14 +121,14 @@ def sync_table(rows: pd.DataFrame) -> str:
 
 def family_table(rows: pd.DataFrame) -> str:
     """Each norm, dtype and layout: geometric means over its shapes, and the least."""
-    lines = []
+    lines, columns = [], [name for name in ("native", "hand", "compiled") if name in rows]
     for (norm, kind), group in rows.groupby(["norm", "kind"], sort=False):
-        ratios = group.x, group.hand / group.ours, group.compiled / group.ours, group.over_floor
+        ratios = [mean(group[name] / group.ours) for name in columns]
         value, where = musts.worst(group, "x")
         least = f"{value:.2f} at {where.split()[0]}"
-        lines.append([f"{norm}, {kind}", *map(mean, ratios), least])
-    header = ["forward and backward", "x native", "x by hand", "x compiled native"]
-    return table(lines, [*header, "time / floor", "least x native"])
+        lines.append([f"{norm}, {kind}", *ratios, mean(group.over_floor), least])
+    header = [f"x {name}" for name in columns]
+    return table(lines, ["forward and backward", *header, "time / floor", "least x native"])
 
 
 def must_table(verdicts: list[list[str]]) -> str:
@@ -174,7 +174,8 @@ def gpu_block(directory: Path) -> str:
         rows = pd.concat(layers, ignore_index=True)
         rows = rows.drop_duplicates(["pass", "dtype", "layout", "shape"])
         parts += [layer_table(rows), must_table(musts.gpu_verdicts(rows))]
-    parts += [step_table(files["steps"])] if "steps" in files else []
+    tables = {"family": family_table, "steps": step_table}
+    parts += [make(files[name]) for name, make in tables.items() if name in files]
     return "\n\n".join(parts)
 
 
