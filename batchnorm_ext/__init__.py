@@ -14,6 +14,7 @@ how the library was built, ``python -m batchnorm_ext`` prints what a bug report 
 from batchnorm_ext import functional, preprocessing
 from batchnorm_ext._ops import show_config
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
+from batchnorm_ext.fold import fold
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -57,6 +58,7 @@ __all__ = [
     "as_affine",
     "convert",
     "convert_sync_batchnorm",
+    "fold",
     "functional",
     "preprocessing",
     "revert",

@@ -193,10 +193,16 @@ def as_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
             "expected norm to be a batch or instance normalization with running statistics, got "
             f"{norm}"
         )
-    scale = (variance.double() + norm.eps).rsqrt()
+    scale, shift = float64_affine(norm)
+    return scale.to(mean.dtype), shift.to(mean.dtype)
+
+
+def float64_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm that has running statistics, not yet rounded."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    shift = -mean.double() * scale
+    shift = -norm.running_mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    return scale.to(mean.dtype), shift.to(mean.dtype)
+    return scale, shift
