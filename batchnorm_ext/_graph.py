@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -25,7 +25,9 @@ class Call:
     obstacle: str = ""  # why the module cannot be changed for this call alone
 
     def __str__(self) -> str:
-        return f"{self.name} ({type(self.module).__name__})"
+        kind = type(self.module)
+        own = not kind.__module__.startswith(("torch.nn.", "batchnorm_ext."))
+        return f"{self.name} ({f'{kind.__module__}.' if own else ''}{kind.__qualname__})"
 
 
 @dataclass
@@ -88,7 +90,9 @@ class _Traced(fx.Tracer):
         # and without hooks, which would run now
         memo = {id(parameter): parameter for parameter in model.parameters()}
         for module in self.model.values():
-            memo |= {id(hooks): type(hooks)() for hooks in map(module.__dict__.get, _HOOKS)}
+            memo |= {id(hooks): type(hooks)() for hooks in map(vars(module).get, _HOOKS)}
+            # as those of pruned layers, which cannot be copied
+            memo |= {id(own): own for own in vars(module).values() if isinstance(own, Tensor)}
         twin = copy.deepcopy(model, memo)
         self.hooked = {
             module: name
