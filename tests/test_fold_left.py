@@ -65,7 +65,6 @@ def test_layers_that_are_not_plain():
         (batchnorm_ext.weight_norm(nn.Conv2d(C, C, 1)), "parametrized"),
         (nn.ReLU(), "before it 0 (ReLU)"),
         (nn.Conv2d(C, C, 1, dtype=torch.complex64), "its weight has dtype torch.complex64"),
-        (nn.Conv2d(C, C, 1, device="meta"), "no values"),
         (nn.Conv2d(C, 8, 1), "has 8 channels, the norm 4"),
         (nn.Conv3d(C, C, 1), "another dimension than those of BatchNorm2d"),
         (nn.Linear(C, C), "another dimension than those of BatchNorm2d"),
@@ -77,13 +76,14 @@ def test_layers_that_are_not_plain():
     assert_leaves(model, "0 (Conv2d): shares parameters with another module")
 
 
-def test_layers_that_cannot_be_copied():
+def test_layers_whose_weights_cannot_be_read():
     pruned = prune.random_unstructured(nn.Conv2d(C, C, 1), "weight", 0.5)
     quantized = torch.ao.nn.quantized.Conv2d(C, C, 1)
     for layer, norm, reason in (
         (pruned, norm_of("Batch", 2), "0 (Conv2d) and after that a hook of 0"),
         (quantized, norm_of("Batch", 2), "before it 0 (torch.ao.nn.quantized.modules.conv.Conv2d)"),
         (nn.Conv2d(C, C, 1), nn.LazyBatchNorm2d(), "lazy: run it once first"),
+        (nn.Conv2d(C, C, 1, device="meta"), norm_of("Batch", 2), "its parameters have no values"),
     ):
         model = nn.Sequential(layer, norm).eval()
         _, report = fold(model, inplace=True, report=True)
