@@ -7,8 +7,9 @@
 ``RMSNorm`` are drop-ins for the ``torch.nn`` classes, ``functional`` for the functions and
 ``weight_norm`` for the parametrization. ``convert_sync_batchnorm`` makes layers normalize over all
 ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales features,
-``update_population_stats`` and ``as_affine`` prepare a model for evaluation. ``show_config`` tells
-how the library was built, ``python -m batchnorm_ext`` prints what a bug report needs and tests it.
+``update_population_stats`` and ``as_affine`` prepare a model for evaluation, ``fold`` merges norms
+into the layers next to them. ``show_config`` tells how the library was built,
+``python -m batchnorm_ext`` prints what a bug report needs and tests it.
 """
 
 from batchnorm_ext import functional, preprocessing

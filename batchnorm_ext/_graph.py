@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from batchnorm_ext._layer import Fused
-
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -123,7 +122,7 @@ class _Traced(fx.Tracer):
                 call.obstacle = "read by the forward of another module"
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = isinstance(m, (_NormBase, _ConvNd, nn.Linear, Fused))
+        layer = isinstance(m, (*NORMS, _ConvNd, nn.Linear))
         return layer or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward, args: tuple, kwargs: dict) -> object:

@@ -1,6 +1,7 @@
 """Folding normalization in evaluation into the convolution or linear layer next to it."""
 
 import copy
+import warnings
 from collections import Counter
 from itertools import chain
 from typing import Literal, TypeVar, overload
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from batchnorm_ext import modules
-from batchnorm_ext._graph import Call, Chain, Report, chains
+from batchnorm_ext._graph import NORMS, Call, Chain, Report, chains
 from batchnorm_ext._weights import Weights, channels
 from batchnorm_ext.population import float64_affine
 from batchnorm_ext.sync import SyncBatchNorm
@@ -34,9 +34,9 @@ _NORMS = {nn.SyncBatchNorm: None, SyncBatchNorm: None} | {
 _LAYERS = {nn.Linear: 0} | {
     getattr(nn, f"{kind}{dims}d"): dims for kind in ("Conv", "ConvTranspose") for dims in (1, 2, 3)
 }
-_NORM_BASES = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _LAYER_BASES = (_ConvNd, nn.Linear)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_IN_TRAINING = "in training mode: call model.eval() first"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,6 +97,9 @@ def fold(
         that they had. With ``report=True`` also an object with ``done`` and ``left``, from the path
         of each norm to what became of it or why it was left, ``note``, and a readable ``str``.
 
+    Warns:
+        UserWarning: names the norms in training mode.
+
     Raises:
         TypeError, RuntimeError: a model that ``copy.deepcopy`` cannot copy, without ``inplace``. If
             anything raises, the model is as before.
@@ -118,6 +121,8 @@ def fold(
         model = copy.deepcopy(model)
     plan = _Plan(model)
     plan.apply()
+    if training := [name for name, why in plan.report.left.items() if why is _IN_TRAINING]:
+        warnings.warn(f"not folded: {', '.join(training)}: {_IN_TRAINING}", stacklevel=2)
     return (model, plan.report) if report else model
 
 
@@ -139,7 +144,7 @@ class _Plan:
         else:
             unseen = "not in an nn.Sequential"
         for name, module in model.named_modules():
-            if isinstance(module, _NORM_BASES) and name not in self.report.done:
+            if isinstance(module, NORMS) and name not in self.report.done:
                 self.report.left.setdefault(name or "the model", unseen)
 
     def _fold(self, one: Chain) -> None:
@@ -149,7 +154,7 @@ class _Plan:
         for call in one.calls:
             if _does_nothing(call.module):
                 continue
-            if isinstance(call.module, _NORM_BASES):
+            if isinstance(call.module, NORMS):
                 if reason := self._norm_refusal(call):
                     self.report.left[call.name] = reason
                 elif reason := self._into(kept[-1] if kept else one.before, call, after=False):
@@ -203,13 +208,10 @@ class _Plan:
             return call.obstacle
         if isinstance(norm, LazyModuleMixin):
             return "lazy: run it once first"
-        if isinstance(norm, (_BatchNorm, _InstanceNorm)):
-            if norm.training:
-                return "in training mode: call model.eval() first"
-            no_tracking = isinstance(norm, _InstanceNorm) and not norm.track_running_stats
-            if no_tracking or norm.running_mean is None or norm.running_var is None:
-                return "normalizes with the statistics of its input"
-        elif isinstance(norm, _NORM_BASES):
+        tracks = isinstance(norm, _BatchNorm) or getattr(norm, "track_running_stats", False)
+        if tracks and norm.training:
+            return _IN_TRAINING
+        if not tracks or norm.running_mean is None or norm.running_var is None:
             return "normalizes with the statistics of its input"
         return self._refusal(norm, _NORMS)
 

@@ -28,6 +28,7 @@ FUNCTIONS = [
     *(batchnorm_ext.show_config, functional.batch_norm, functional.instance_norm),
     *(functional.group_norm, functional.layer_norm, functional.rms_norm),
     *(batchnorm_ext.update_population_stats, batchnorm_ext.as_affine, batchnorm_ext.weight_norm),
+    batchnorm_ext.fold,
     *(reference.batch_norm, reference.batch_norm_backward),
 ]
 
