@@ -48,8 +48,9 @@ demo-ddp: $(BUILT) $(VENV)/.demo
 effects: $(BUILT) $(VENV)/.demo
 	$(PY) examples/effects.py
 
+# The tests of a file stay in one process, with what the file sets up once.
 test: $(BUILT) $(VENV)/.test
-	$(PY) -m pytest $(PYTEST)
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST)
 
 # Both sides of each comparison under glibc, then under tcmalloc.
 bench: $(BUILT) $(VENV)/.bench

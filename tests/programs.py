@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # which torch needs as well
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -77,12 +78,13 @@ def build(
     text = _compile([*command, "-E", str(source)])
     key = hashlib.sha256("\0".join([*command, _version(), text]).encode()).hexdigest()[:16]
     binary = directory / f"{source.stem}-{mode}-{key}"
-    if not binary.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            fresh = Path(scratch) / binary.name
-            _compile([*command, str(source), "-o", str(fresh)])
-            fresh.replace(binary)  # at once, whoever else is compiling the same
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{binary}.lock"):  # once, whoever else wants the same
+        if not binary.exists():
+            with tempfile.TemporaryDirectory(dir=directory) as scratch:
+                fresh = Path(scratch) / binary.name
+                _compile([*command, str(source), "-o", str(fresh)])
+                fresh.replace(binary)  # at once, or what was cut off would pass for whole
     return binary
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -14,6 +16,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The library of glue.cpp."""
     if _build.CUDA is not None:
         pytest.skip("a library that has the CUDA kernels registers the operators itself")
+    base = tmp_path_factory.getbasetemp()
     library = build(
         HERE / "glue.cpp",
         "plain",
@@ -25,7 +28,8 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> None:
             *(f"-L{path}" for path in library_paths()),
             *("-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"),
         ],
-        directory=tmp_path_factory.mktemp("glue"),
+        # of the whole run: each process of pytest-xdist has its base in there
+        directory=(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "glue",
     )
     torch.ops.load_library(library)
 

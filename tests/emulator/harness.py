@@ -48,12 +48,13 @@ def run(binary: Path, *arguments: object) -> Result:
 def assert_passes(
     program: Path, pool: ThreadPoolExecutor, commands: list[list[str]], start=""
 ) -> None:
-    """Assert that the program succeeds on each of the commands, with an output that starts so."""
+    """Assert that the program succeeds on each of the commands, and that its lines start so."""
     results = pool.map(lambda command: run(program, *command), commands)
     failures = [
         f"{shlex.join([str(program), *command])}\n{result.out}{result.err}"
         for command, result in zip(commands, results, strict=True)
-        if result.code or not result.out.startswith(start)
+        if result.code
+        or not all(line.startswith(start) for line in result.out.splitlines() or [""])
     ]
     assert not failures, "\n".join([f"{len(failures)} of {len(commands)} fail", *failures])
 

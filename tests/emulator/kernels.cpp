@@ -3,7 +3,8 @@
 //
 //   kernels op=backward dtype=bf16 outer=3 stats=5 inner=49 plan=policy=grid,ranks=3 seed=7 ...
 //
-// Exit code 0 and the plan on the output, or 1 and what is off. Wherever the kernels shall write lies NaN before.
+// Others may follow, each after "--". Exit code 0 and the plans on the output, or 1 and what is off. Wherever the
+// kernels shall write lies NaN before.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -251,7 +252,11 @@ class Test : Problem<T> {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const Settings settings(count, arguments);
-  with_dtype(settings, [&](auto type) { Test<decltype(type)>(settings).run(); });
+  char** const end = arguments + count;
+  for (char** next; arguments < end; arguments = next) {
+    next = std::find_if(arguments + 1, end, [](const std::string& argument) { return argument == "--"; });
+    const Settings settings(static_cast<int>(next - arguments), arguments);
+    with_dtype(settings, [&](auto type) { Test<decltype(type)>(settings).run(); });
+  }
   return failed;
 }
