@@ -1,15 +1,18 @@
 // Derivatives, one autograd function for statistics of the batch at hand and of all ranks. Kernels are called
 // through the dispatcher, so that tracing records each of them.
-#include <ATen/EmptyTensor.h>
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -80,8 +83,14 @@ Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks
 
 int64_t numel_of(at::IntArrayRef shape) { return c10::multiply_integers(shape); }
 
+// What has the right number of dimensions is taken as it is: a view costs as much as a small kernel.
 Tensor as_rows(const Tensor& x, at::IntArrayRef normalized_shape) {
-  return x.reshape_symint({-1, numel_of(normalized_shape)});
+  const bool are_rows = x.dim() == 2 && normalized_shape.size() == 1;
+  return are_rows ? x : x.reshape_symint({-1, numel_of(normalized_shape)});
+}
+
+Tensor from_rows(const Tensor& rows, c10::SymIntArrayRef size) {
+  return !rows.defined() || rows.dim() == static_cast<int64_t>(size.size()) ? rows : rows.view_symint(size);
 }
 
 OptionalTensor as_row(const OptionalTensor& parameter) {
@@ -94,8 +103,8 @@ Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, co
     const Saved rows{as_rows(saved.x, shape), as_row(saved.weight), saved.stats, saved.count,
                      saved.training,          saved.bias_dtype,     saved.domain};
     auto [dx, dweight, dbias] = gradients(as_rows(dy, shape), rows, ranks, mask);
-    return {mask[0] ? dx.view_symint(saved.x.sym_sizes()) : dx, mask[1] ? dweight.view(shape) : dweight,
-            mask[2] ? dbias.view(shape) : dbias};
+    const auto of_parameter = c10::fromIntArrayRefSlow(shape);
+    return {from_rows(dx, saved.x.sym_sizes()), from_rows(dweight, of_parameter), from_rows(dbias, of_parameter)};
   }
   if (is_differentiated(dy, saved.x, saved.weight)) return gradients_by_operators(dy, saved, ranks, mask);
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -124,7 +133,7 @@ Outputs forward(const Call& call) {
     const Tensor rows = as_rows(o.x, shape);
     const OptionalTensor weight = as_row(o.weight), bias = as_row(o.bias);
     outputs = forward({{rows, weight, bias, kNone, kNone, kNone, kNone}, s});
-    outputs.y = outputs.y.view_symint(o.x.sym_sizes());
+    outputs.y = from_rows(outputs.y, o.x.sym_sizes());
     // PyTorch's rms_norm keeps channels_last, its layer_norm does not
     if (!s.domain.centred) outputs.y = outputs.y.contiguous(o.x.suggest_memory_format());
     return outputs;
@@ -143,36 +152,61 @@ Outputs forward(const Call& call) {
   return outputs;
 }
 
-// Its inputs are what has a gradient; the rest comes in `call`, which autograd does not look at.
-struct Norm : torch::autograd::Function<Norm> {
+// What a backward needs beside tensors, as one list of numbers: autograd would look up a name for each of several
+// values.
+struct Kept {
+  bool training;
+  std::optional<at::ScalarType> weight_dtype, bias_dtype;
+  Domain domain;
+  std::vector<int64_t> normalized_shape;
+
+  explicit Kept(const Call& call)
+      : training(call.spec.training),
+        weight_dtype(dtype_of(call.operands.weight)),
+        bias_dtype(dtype_of(call.operands.bias)),
+        domain(call.spec.domain),
+        normalized_shape(call.normalized_shape.vec()) {}
+
+  explicit Kept(const std::vector<int64_t>& list)
+      : training(list[0] != 0),
+        weight_dtype(from_number(list[1])),
+        bias_dtype(from_number(list[2])),
+        domain{list[3], list[4] != 0, list[5]},
+        normalized_shape(list.begin() + 6, list.end()) {}
+
+  std::vector<int64_t> list() const {
+    std::vector<int64_t> list = {training,      to_number(weight_dtype), to_number(bias_dtype),
+                                 domain.groups, domain.centred,          domain.parameter_dim};
+    list.insert(list.end(), normalized_shape.begin(), normalized_shape.end());
+    return list;
+  }
+
+ private:
+  using Dtype = std::optional<at::ScalarType>;
+
+  static Dtype dtype_of(const OptionalTensor& tensor) { return tensor ? Dtype(tensor->scalar_type()) : std::nullopt; }
+  static int64_t to_number(const Dtype& dtype) { return dtype ? static_cast<int64_t>(*dtype) : -1; }
+  static Dtype from_number(int64_t n) { return n < 0 ? std::nullopt : Dtype(static_cast<at::ScalarType>(n)); }
+};
+
+// Whose gradients the node below computes: of x, weight and bias.
+struct Norm {
   static constexpr bool is_traceable = true;
 
-  // The statistics have no derivative, so they are returned through a pointer: each output of the autograd function
-  // adds time to every call.
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                        const Call& call, Tensor* stats) {
-    auto [y, statistics, count] = batchnorm_ext::forward(call);
-    const auto& [operands, spec, ranks, shape] = call;
-    ctx->save_for_backward({x, operands.weight.value_or(Tensor()), statistics, count});
-    ctx->saved_data["training"] = spec.training;
-    const auto& [groups, centred, parameter_dim] = spec.domain;
-    if (groups > 0 || !centred) {
-      ctx->saved_data["domain"] = std::vector<int64_t>{groups, centred, parameter_dim};
-      ctx->saved_data["shape"] = shape.vec();
-    }
-    if (operands.weight) ctx->saved_data["weight"] = weight.scalar_type();
-    if (operands.bias) ctx->saved_data["bias"] = bias.scalar_type();
-    ctx->set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
-    if (!ranks.alone()) {
-      ctx->saved_data["group"] = ranks.group;
-      ctx->saved_data["layer"] = ranks.layer;
-    }
-    *stats = std::move(statistics);
-    return y;
+  static void save(AutogradContext& ctx, const Call& call, const Outputs& outputs) {
+    const auto& [o, spec, ranks, shape] = call;
+    variable_list tensors = {o.x, o.weight.value_or(Tensor()), outputs.stats};
+    if (outputs.count.defined()) tensors.push_back(outputs.count);
+    ctx.save_for_backward(std::move(tensors));
+    ctx.saved_data["kept"] = Kept(call).list();
+    ctx.set_materialize_grads(!ranks.alone());  // the other ranks count on this one's message
+    if (ranks.alone()) return;
+    ctx.saved_data["group"] = ranks.group;
+    ctx.saved_data["layer"] = ranks.layer;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(5);
+    variable_list result(3);
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
     const Ranks ranks = ranks_of(ctx);
@@ -186,37 +220,61 @@ struct Norm : torch::autograd::Function<Norm> {
 
  private:
   static Ranks ranks_of(AutogradContext* ctx) {
-    const auto group = ctx->saved_data.find("group");
-    if (group == ctx->saved_data.end()) return {};
-    return {group->second.toStringRef(), ctx->saved_data["layer"].toStringRef()};
+    if (ctx->saved_data.size() == 1) return {};
+    return {ctx->saved_data["group"].toStringRef(), ctx->saved_data["layer"].toStringRef()};
   }
 
   // Hooks on saved tensors may have left them in another precision, as compression does.
   static Saved unpack(AutogradContext* ctx, const Tensor& dy) {
-    const auto dtype = [&](const char* name) -> std::optional<at::ScalarType> {
-      const auto found = ctx->saved_data.find(name);
-      return found == ctx->saved_data.end() ? std::nullopt : std::optional(found->second.toScalarType());
-    };
     const auto in = [](const Tensor& tensor, at::ScalarType to) {
       return !tensor.defined() || tensor.scalar_type() == to ? tensor : tensor.to(to);
     };
     const variable_list saved = ctx->get_saved_variables();
-    const auto ints = [&](const char* name) {
-      const auto found = ctx->saved_data.find(name);
-      return found == ctx->saved_data.end() ? std::vector<int64_t>() : found->second.toIntVector();
-    };
-    const auto domain = ints("domain");
-    const bool usual = domain.empty();
+    Kept kept(ctx->saved_data["kept"].toIntVector());
     return {in(saved[0], dy.scalar_type()),
-            optional(in(saved[1], dtype("weight").value_or(at::kFloat))),
+            optional(in(saved[1], kept.weight_dtype.value_or(at::kFloat))),
             in(saved[2], at::kDouble),
-            in(saved[3], at::kDouble),
-            ctx->saved_data["training"].toBool(),
-            dtype("bias"),
-            usual ? Domain() : Domain{domain[0], domain[1] != 0, domain[2]},
-            ints("shape")};
+            saved.size() > 3 ? in(saved[3], at::kDouble) : Tensor(),
+            kept.training,
+            kept.bias_dtype,
+            kept.domain,
+            std::move(kept.normalized_shape)};
   }
 };
+
+struct NormNode final : torch::autograd::CppNode<Norm> {
+  std::string name() const override { return "batchnorm_ext::Norm"; }  // otherwise read from a symbol in each backward
+};
+
+// Nodes are counted by shared_ptr up to torch 2.12.
+template <typename Node, typename Pointer = decltype(torch::autograd::Edge::function)>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return std::shared_ptr<Node>(new Node(), [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<Node>();
+}
+
+// Function::apply without what no call here has, such as inputs that are written to: that takes as long as a small
+// kernel. The statistics are returned beside the graph, since they have no derivative.
+Outputs recorded(const Call& call) {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (functorch) functorch->checkSupportsCppAutogradFunction();
+  const Operands& o = call.operands;
+  const auto node = make_node<NormNode>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(o.x, o.weight, o.bias));
+  node->is_variable_input_.assign(3, true);
+  Outputs outputs = [&] {
+    const at::AutoGradMode no_grad(false);
+    return forward(call);
+  }();
+  Norm::save(node->ctx_, call, outputs);
+  torch::autograd::set_history(outputs.y, node);
+  node->output_info_.emplace_back(outputs.y);
+  node->save_variables_to_ctx();
+  return outputs;
+}
 
 // What autograd refuses to save, before anything is written.
 void check_saved(const Operands& o) {
@@ -228,15 +286,9 @@ void check_saved(const Operands& o) {
 
 Normalized differentiable(const Call& call) {
   const Operands& o = call.operands;
-  if (is_differentiated(o.x, o.weight, o.bias)) {
-    check_saved(o);
-    Tensor stats;
-    // Autograd wants a tensor in its place. Not made through the dispatcher, where a mode could make it a fake one.
-    static const Tensor absent(at::detail::empty_cpu({0}, at::TensorOptions()));
-    Tensor y = Norm::apply(o.x, o.weight.value_or(absent), o.bias.value_or(absent), call, &stats);
-    return {std::move(y), std::move(stats)};
-  }
-  auto [y, stats, count] = forward(call);
+  const bool records = is_differentiated(o.x, o.weight, o.bias);
+  if (records) check_saved(o);
+  auto [y, stats, count] = records ? recorded(call) : forward(call);
   return {std::move(y), std::move(stats)};
 }
 
