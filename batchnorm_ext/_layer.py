@@ -41,8 +41,7 @@ class Fused:
 
     def _forward_or_leave(self, input: Tensor) -> Tensor:
         native = self.__native.forward
-        # someone has replaced torch.nn's forward, or the graph is being exported
-        if native is not self.__as_imported or (_ops.leaves_process() and self._exports_as_torch()):
+        if native is not self.__as_imported:  # someone has replaced it
             return native(self, input)
         if isinstance(input, fx.Proxy):
             return self.__traced(input)
@@ -50,10 +49,6 @@ class Fused:
 
     def _torch_forward(self, input: Tensor) -> Tensor:
         return self.__native.forward(self, input)
-
-    def _exports_as_torch(self) -> bool:
-        """Whether torch.export can take the layer as torch's own."""
-        return True
 
     def __traced(self, input: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.
@@ -93,9 +88,11 @@ class FusedBatchNorm(Fused):
         return self._forward_or_leave(input)
 
     def _fused_forward(self, input: Tensor) -> Tensor:
+        if _ops.leaves_process() and self._exports_as_torch():
+            return self._torch_forward(input)
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
         mean, var, batches = statistics(self)
-        if not _ops.takes(BATCH_NORM, input, mean, var, weight, bias):
+        if not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias)):
             if batches is None or torch.compiler.is_compiling():
                 return self._torch_forward(input)
             with undone_on_error(batches):
@@ -110,7 +107,7 @@ class FusedBatchNorm(Fused):
         )
 
     def _exports_as_torch(self) -> bool:
-        """Not where it reads its counter."""
+        """Whether torch.export can take the layer as torch's own: not where it reads its counter."""
         return not (self.training and self.track_running_stats and self.momentum is None)
 
 

@@ -35,9 +35,8 @@ def normalize(
     if fits and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
             if not training or (running_mean is None and running_var is None):
-                output, _ = _ops.batch_norm(
-                    input, weight, bias, running_mean, running_var, training, eps, groups
-                )
+                options = (training, eps, groups, True, 1)
+                output = _ops.batch_norm(input, weight, bias, running_mean, running_var, *options)
                 if counted is not None:
                     counted.add_(1)
                 return output
@@ -57,21 +56,20 @@ def normalize(
 def by_operator(
     native: Native, eps: float, tensors: tuple[Tensor | None, ...], operator: Callable, *arguments
 ) -> Tensor | None:
-    """The first output of an operator that writes nothing, or None where the call is torch's own.
+    """What an operator gives that writes nothing, or None where the call is torch's own.
 
     ``eps`` and ``tensors``, the input first, are those among the arguments. ``operator`` may be a
     function around one, which returns None where it has nothing to compute.
     """
-    if not isinstance(eps, _NUMBER) or _ops.leaves_process() or not _ops.takes(native, *tensors):
+    if not isinstance(eps, _NUMBER) or _ops.leaves_process() or not _ops.takes(native, tensors):
         return None
     try:
-        outputs = operator(*arguments)
+        return operator(*arguments)
     except RuntimeError as error:
         if not _ops.is_refusal(error) or torch.compiler.is_compiling():
             raise
         _ops.log_once(native.name, str(error).partition("\n")[0])
         return None
-    return None if outputs is None else outputs[0]
 
 
 _NUMBER = (float, int)

@@ -15,6 +15,7 @@ from torch._C import _are_functorch_transforms_active as _functorch_active
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import (
     _get_current_function_mode_stack,
     has_torch_function,
@@ -101,11 +102,32 @@ def _load_for_this_cpu() -> str:
 
 _refusal, _instruction_set, _cuda_architectures = _load()
 
-batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+_C = sys.modules["batchnorm_ext._C"]
+_batch_norm = torch.ops.batchnorm_ext.batch_norm.default
+_layer_norm = torch.ops.batchnorm_ext.layer_norm.default
+_weight_norm = torch.ops.batchnorm_ext.weight_norm.default
 batch_norm_update = torch.ops.batchnorm_ext.batch_norm_update.default
 sync_batch_norm = torch.ops.batchnorm_ext.sync_batch_norm.default
-layer_norm = torch.ops.batchnorm_ext.layer_norm.default
-weight_norm = torch.ops.batchnorm_ext.weight_norm.default
+
+
+def batch_norm(*arguments) -> Tensor:
+    """The output of the operator, all of whose arguments are given.
+
+    Called by torch.ops an operator takes longer than its kernel does for a small input; but a
+    compiler knows only that way.
+    """
+    if is_dynamo_compiling():
+        return _batch_norm(*arguments)[0]
+    return _C.batch_norm(*arguments)
+
+
+def layer_norm(*arguments) -> Tensor:
+    return _layer_norm(*arguments)[0] if is_dynamo_compiling() else _C.layer_norm(*arguments)
+
+
+def weight_norm(*arguments) -> Tensor:
+    return _weight_norm(*arguments) if is_dynamo_compiling() else _C.weight_norm(*arguments)
+
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _STRIDED = torch.strided
@@ -118,7 +140,7 @@ def leaves_process() -> bool:
     return torch.compiler.is_exporting() or torch._C._is_tracing()
 
 
-def takes(native: Native, *tensors: Tensor | None) -> bool:
+def takes(native: Native, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call goes to the operators, here and now, and not to torch's own function.
 
     ``tensors``: those that the call takes, the input first.

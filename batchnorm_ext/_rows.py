@@ -47,14 +47,14 @@ def _over_channels(
     bias: Tensor | None,
     normalized_shape: list[int],
     eps: float,
-) -> tuple[Tensor, Tensor] | None:
+) -> Tensor | None:
     if input.dim() < 3 or input.shape[1:2] != tuple(normalized_shape):
         return None
     if input.is_cuda and _are_rows(input, weight, bias):
         return None
     x = as_autocast(input).flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
-    y, stats = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2)
-    return y.transpose(1, 2).reshape(input.shape), stats
+    y = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2)
+    return y.transpose(1, 2).reshape(input.shape)
 
 
 def _are_rows(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -76,7 +76,7 @@ def default_rms_eps(dtype: torch.dtype) -> float:
 
 def root_mean_square(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The operator of layer normalization, not centred."""
     if eps is None:
         eps = default_rms_eps(input.dtype)

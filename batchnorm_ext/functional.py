@@ -73,7 +73,7 @@ def batch_norm(
         if (
             momentum is not None
             and not _ops.leaves_process()
-            and _ops.takes(BATCH_NORM, input, running_mean, running_var, weight, bias)
+            and _ops.takes(BATCH_NORM, (input, running_mean, running_var, weight, bias))
         ):
             # not as a tuple, which would be built and spread in every call
             return normalize(
@@ -145,7 +145,7 @@ def instance_norm(
         if (
             momentum is not None
             and not _ops.leaves_process()
-            and _ops.takes(INSTANCE_NORM, input, running_mean, running_var, weight, bias)
+            and _ops.takes(INSTANCE_NORM, (input, running_mean, running_var, weight, bias))
             and input.dim() > 2
         ):
             groups = input.size(1) if use_input_stats else 0
@@ -200,7 +200,7 @@ def group_norm(
     if not torch.jit.is_scripting():
         output, tensors = None, (input, weight, bias)
         if isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0:
-            arguments = (as_autocast(input), weight, bias, None, None, True, eps, num_groups)
+            arguments = (as_autocast(input), weight, bias, None, None, True, eps, num_groups, True, 1)
             output = by_operator(GROUP_NORM, eps, tensors, _ops.batch_norm, *arguments)
         return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
     return F.group_norm(input, num_groups, weight, bias, eps)

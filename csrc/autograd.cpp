@@ -1,23 +1,18 @@
 // Derivatives, one autograd function for statistics of the batch at hand and of all ranks. Kernels are called
 // through the dispatcher, so that tracing records each of them.
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/ops/cat.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "gradient.h"
+#include "node.h"
 #include "ops.h"
 #include "ranks.h"
 
@@ -27,14 +22,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-bool requires_grad(const OptionalTensor& tensor) { return tensor && requires_grad(*tensor); }
-
-template <typename... Tensors>
-bool is_differentiated(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (requires_grad(tensors) || ...);
-}
 
 // The inputs of the backward other than dy. `count`: elements per channel over all ranks; undefined without
 // synchronization.
@@ -192,6 +179,7 @@ struct Kept {
 // Whose gradients the node below computes: of x, weight and bias.
 struct Norm {
   static constexpr bool is_traceable = true;
+  static constexpr const char* name = "batchnorm_ext::Norm";
 
   static void save(AutogradContext& ctx, const Call& call, const Outputs& outputs) {
     const auto& [o, spec, ranks, shape] = call;
@@ -242,40 +230,6 @@ struct Norm {
   }
 };
 
-struct NormNode final : torch::autograd::CppNode<Norm> {
-  std::string name() const override { return "batchnorm_ext::Norm"; }  // otherwise read from a symbol in each backward
-};
-
-// Nodes are counted by shared_ptr up to torch 2.12.
-template <typename Node, typename Pointer = decltype(torch::autograd::Edge::function)>
-auto make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
-    return std::shared_ptr<Node>(new Node(), [](auto* node) { deleteNode(node); });
-  else
-    return c10::make_intrusive<Node>();
-}
-
-// Function::apply without what no call here has, such as inputs that are written to: that takes as long as a small
-// kernel. The statistics are returned beside the graph, since they have no derivative.
-Outputs recorded(const Call& call) {
-  const auto& functorch = at::functorch::functorchTLSAccessor();
-  if (functorch) functorch->checkSupportsCppAutogradFunction();
-  const Operands& o = call.operands;
-  const auto node = make_node<NormNode>();
-  node->set_ctx_grad_fn(node);
-  node->set_next_edges(torch::autograd::collect_next_edges(o.x, o.weight, o.bias));
-  node->is_variable_input_.assign(3, true);
-  Outputs outputs = [&] {
-    const at::AutoGradMode no_grad(false);
-    return forward(call);
-  }();
-  Norm::save(node->ctx_, call, outputs);
-  torch::autograd::set_history(outputs.y, node);
-  node->output_info_.emplace_back(outputs.y);
-  node->save_variables_to_ctx();
-  return outputs;
-}
-
 // What autograd refuses to save, before anything is written.
 void check_saved(const Operands& o) {
   refusing([&] {
@@ -286,9 +240,19 @@ void check_saved(const Operands& o) {
 
 Normalized differentiable(const Call& call) {
   const Operands& o = call.operands;
-  const bool records = is_differentiated(o.x, o.weight, o.bias);
-  if (records) check_saved(o);
-  auto [y, stats, count] = records ? recorded(call) : forward(call);
+  if (!is_differentiated(o.x, o.weight, o.bias)) {
+    auto [y, stats, count] = forward(call);
+    return {std::move(y), std::move(stats)};
+  }
+  check_saved(o);
+  Tensor stats;  // beside the graph: they have no derivative
+  const auto run = [&](AutogradContext& ctx) {
+    Outputs outputs = forward(call);
+    Norm::save(ctx, call, outputs);
+    stats = std::move(outputs.stats);
+    return std::move(outputs.y);
+  };
+  Tensor y = recorded<Norm>(run, o.x, o.weight, o.bias);
   return {std::move(y), std::move(stats)};
 }
 

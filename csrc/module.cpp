@@ -1,8 +1,110 @@
 // The Python module `batchnorm_ext._C`: importing it loads the schemas and the autograd rules; it tells how it was
-// built, and by which words a refusal is known.
+// built, and by which words a refusal is known. It also calls the operators that a forward of a layer is made of: by
+// way of torch.ops, where arguments become values of TorchScript, a call takes longer than a small kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <utility>
+#include <vector>
 
 #include "checks.h"
+
+namespace {
+
+using at::Tensor;
+using batchnorm_ext::kNone;
+using batchnorm_ext::Normalized;
+using batchnorm_ext::OptionalTensor;
+
+// The positional arguments of a call. What has another type is refused.
+class Arguments {
+ public:
+  Arguments(PyObject* const* given, Py_ssize_t count, Py_ssize_t wanted) : values(given) {
+    TORCH_CHECK_NOT_IMPLEMENTED(count == wanted, "expected ", wanted, " arguments, got ", count, ", ",
+                                batchnorm_ext::kRefusal);
+  }
+
+  Tensor tensor(int i) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(THPVariable_Check(values[i]), "expected a tensor as argument ", i, ", ",
+                                batchnorm_ext::kRefusal);
+    return THPVariable_Unpack(values[i]);
+  }
+
+  OptionalTensor optional(int i) const { return values[i] == Py_None ? OptionalTensor() : tensor(i); }
+
+  template <typename T>
+  T value(int i) const try {
+    return pybind11::handle(values[i]).cast<T>();
+  } catch (const pybind11::cast_error& error) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "argument ", i, ": ", error.what(), ", ", batchnorm_ext::kRefusal);
+  }
+
+ private:
+  PyObject* const* values;
+};
+
+// What call() gives, which does not touch Python.
+template <typename Call>
+PyObject* output_of(const Call& call) {
+  Tensor output = [&] {
+    const pybind11::gil_scoped_release others_run;
+    return call();
+  }();
+  return THPVariable_Wrap(std::move(output));
+}
+
+PyObject* batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a(values, count, 10);
+  const Tensor x = a.tensor(0);
+  const OptionalTensor weight = a.optional(1), bias = a.optional(2), mean = a.optional(3), var = a.optional(4);
+  const batchnorm_ext::Spec spec{a.value<bool>(5),
+                                 a.value<double>(6),
+                                 false,
+                                 std::nullopt,
+                                 {a.value<int64_t>(7), a.value<bool>(8), a.value<int64_t>(9)}};
+  return output_of([&] { return std::get<0>(call_forward({x, weight, bias, mean, var, kNone, kNone}, spec)); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* layer_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static const auto op =
+      batchnorm_ext::find_operator<Normalized(const Tensor&, at::IntArrayRef, const OptionalTensor&,
+                                              const OptionalTensor&, bool, double)>("batchnorm_ext::layer_norm");
+  const Arguments a(values, count, 6);
+  const Tensor x = a.tensor(0);
+  const auto shape = a.value<std::vector<int64_t>>(1);
+  const OptionalTensor weight = a.optional(2), bias = a.optional(3);
+  const bool centred = a.value<bool>(4);
+  const double eps = a.value<double>(5);
+  return output_of([&] { return std::get<0>(op.call(x, shape, weight, bias, centred, eps)); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* weight_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static const auto op =
+      batchnorm_ext::find_operator<Tensor(const Tensor&, const Tensor&, int64_t)>("batchnorm_ext::weight_norm");
+  const Arguments a(values, count, 3);
+  const Tensor v = a.tensor(0), g = a.tensor(1);
+  const auto dim = a.value<int64_t>(2);
+  return output_of([&] { return op.call(v, g, dim); });
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
+          "the output of the operator of this name, all of whose arguments are given"};
+}
+
+PyMethodDef methods[] = {method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"),
+                         method<weight_norm>("weight_norm"), {}};
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators of batchnorm_ext";
@@ -12,4 +114,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "unknown";
 #endif
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
 }

@@ -6,10 +6,13 @@
 #include <ATen/ops/_weight_norm_interface.h>
 #include <ATen/ops/_weight_norm_interface_backward.h>
 #include <ATen/ops/norm_except_dim.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <tuple>
+#include <utility>
 #include <vector>
+
+#include "node.h"
 
 namespace batchnorm_ext {
 namespace {
@@ -30,39 +33,43 @@ variable_list differentiable_gradients(const Tensor& dw, const Tensor& v, const 
   return {dv.to(v.scalar_type()), along.to(g.scalar_type())};
 }
 
-struct WeightNorm : torch::autograd::Function<WeightNorm> {
+struct WeightNorm {
   static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& v, const Tensor& g, int64_t dim) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [w, norms] = at::_weight_norm_interface(v, g, dim);
-    ctx->save_for_backward({v, g, norms});
-    ctx->saved_data["dim"] = dim;
-    return w;
-  }
+  static constexpr const char* name = "batchnorm_ext::WeightNorm";
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& dw = grads[0];
-    if (!dw.defined()) return variable_list(3);
+    if (!dw.defined()) return variable_list(2);
     const variable_list saved = ctx->get_saved_variables();
     const int64_t dim = ctx->saved_data["dim"].toInt();
     // a tracer has no stand-in for the kernel, and fuses the formula by itself
-    if (at::GradMode::is_enabled() || dw.key_set().has(c10::DispatchKey::Python)) {
-      variable_list result = differentiable_gradients(dw, saved[0], saved[1], dim);
-      result.resize(3);
-      return result;
-    }
+    if (at::GradMode::is_enabled() || dw.key_set().has(c10::DispatchKey::Python))
+      return differentiable_gradients(dw, saved[0], saved[1], dim);
     auto [dv, dg] = at::_weight_norm_interface_backward(dw.contiguous(), saved[0], saved[1], saved[2], dim);
-    return {std::move(dv), std::move(dg), Tensor()};
+    return {std::move(dv), std::move(dg)};
   }
 };
+
+Tensor weight_norm(const Tensor& some_v, const Tensor& some_g, int64_t dim) {
+  const Tensor v = some_v.contiguous(), g = some_g.contiguous();
+  const auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return at::_weight_norm_interface(v, g, dim);
+  };
+  if (!is_differentiated(v, g)) return std::get<0>(forward());
+  const auto run = [&](AutogradContext& ctx) {
+    auto [w, norms] = forward();
+    ctx.save_for_backward({v, g, norms});
+    ctx.saved_data["dim"] = dim;
+    return std::move(w);
+  };
+  return recorded<WeightNorm>(run, v, g);
+}
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
-  m.impl("weight_norm", [](const Tensor& v, const Tensor& g, int64_t dim) {
-    return WeightNorm::apply(v.contiguous(), g.contiguous(), dim);
-  });
+  m.impl("weight_norm", weight_norm);
 }
 
 }  // namespace batchnorm_ext

@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from batchnorm_ext import _native, _ops
 
         # Without them the layers would pass their tests on PyTorch's own function.
-        if not _ops.takes(_native.BATCH_NORM, torch.empty(2, 1, device=device)):
+        if not _ops.takes(_native.BATCH_NORM, (torch.empty(2, 1, device=device),)):
             raise pytest.UsageError(
                 f"--device {device}: batchnorm_ext was built without its kernels"
             )

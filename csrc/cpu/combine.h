@@ -55,7 +55,8 @@ inline void combine_moments(const Geometry& g, int64_t width, double* mean, doub
 
 // The values of each channel in all samples become their sum, in the first sample.
 inline void sum_over_batch(const Geometry& g, double* values) {
-  for (int64_t i = g.channels; i < g.cells(); ++i) values[i % g.channels] += values[i];
+  for (int64_t i = g.channels; i < g.cells(); i += g.channels)
+    for (int64_t c = 0; c < g.channels; ++c) values[c] += values[i + c];
 }
 
 }  // namespace batchnorm_ext::cpu

@@ -4,7 +4,7 @@
 // ways).
 #include "memory.h"
 
-#include <ATen/ops/empty_like.h>
+#include <ATen/EmptyTensor.h>
 
 #if defined(__linux__)
 #include <ATen/Parallel.h>
@@ -14,7 +14,7 @@
 namespace batchnorm_ext::cpu {
 
 at::Tensor empty_output_like(const at::Tensor& x) {
-  at::Tensor y = at::empty_like(x);
+  at::Tensor y = at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type());
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;
   const uintptr_t data = reinterpret_cast<uintptr_t>(y.mutable_data_ptr());

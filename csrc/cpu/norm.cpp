@@ -1,8 +1,8 @@
 // The fused ops, tensors in and pointers out: the CPU side of training on one device, and of evaluation. Built once per
 // instruction set.
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -115,7 +115,7 @@ Normalized forward(const Operands& o, const Spec& s) {
   const Tensor x = dense(o.x, s.domain);
   const Geometry geometry = arranged(x, s.domain);
   Tensor y = empty_output_like(x);
-  Tensor stats = at::empty({2, geometry.stats()}, x.options().dtype(at::kDouble));
+  Tensor stats = at::detail::empty_cpu({2, geometry.stats()}, at::kDouble);
   double* const mean = stats.mutable_data_ptr<double>();
   double* const invstd = mean + geometry.stats();
   if (s.training && x.numel() == 0) {
@@ -209,13 +209,15 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
   const Tensor dy = like_layout(grad, x);
   const auto [want_dx, want_dweight, want_dbias] = mask;
   Tensor dx = want_dx ? empty_output_like(x) : Tensor(), dweight, dbias;
-  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask, domain.parameter_dim);
+  const int64_t parameters = x.size(domain.parameter_dim);
+  std::tie(dweight, dbias) = empty_parameter_gradients(x, weight, bias_dtype, mask, [&](at::ScalarType dtype) {
+    return at::detail::empty_cpu({parameters}, dtype);
+  });
   if (x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();
     return {std::move(dx), std::move(dweight), std::move(dbias)};
   }
-  const int64_t parameters = x.size(domain.parameter_dim);
   const auto leave = [&](const double* dweights, const double* dbiases) {
     if (want_dweight) write_channels(dweight, parameters, dweights);
     if (want_dbias) write_channels(dbias, parameters, dbiases);

@@ -212,6 +212,8 @@ class Row {
       for_each_load(s.length, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
         for (int r = 0; r < R; ++r) {
           const int64_t at = starts[r] + run * stride() + i;
+          __builtin_prefetch(dy + at + R * s.length, 0, 2);
+          __builtin_prefetch(x + at + R * s.length, 0, 2);
           const Block<A, V> grad = load(dy + at), v = load(x + at);
           for (int q = 0; q < V; ++q) {
             sums[r][q] = sums[r][q] + grad.v[q];
