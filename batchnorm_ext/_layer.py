@@ -107,7 +107,7 @@ class FusedBatchNorm(Fused):
         )
 
     def _exports_as_torch(self) -> bool:
-        """Whether torch.export can take the layer as torch's own: not where it reads its counter."""
+        """Whether torch.export can take it as torch's own: not where it reads its counter."""
         return not (self.training and self.track_running_stats and self.momentum is None)
 
 

@@ -61,15 +61,19 @@ def by_operator(
     ``eps`` and ``tensors``, the input first, are those among the arguments. ``operator`` may be a
     function around one, which returns None where it has nothing to compute.
     """
-    if not isinstance(eps, _NUMBER) or _ops.leaves_process() or not _ops.takes(native, tensors):
+    if not isinstance(eps, _NUMBER) or _ops.leaves_process():
         return None
-    try:
-        return operator(*arguments)
-    except RuntimeError as error:
-        if not _ops.is_refusal(error) or torch.compiler.is_compiling():
-            raise
-        _ops.log_once(native.name, str(error).partition("\n")[0])
-        return None
+    reason = _ops.refusal(native, tensors)
+    if reason is None:
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if not _ops.is_refusal(error) or torch.compiler.is_compiling():
+                raise
+            reason = str(error).partition("\n")[0]
+    if not torch.compiler.is_compiling():
+        _ops.log_once(native.name, reason)
+    return None
 
 
 _NUMBER = (float, int)

@@ -198,11 +198,11 @@ def group_norm(
         tensor(True)
     """
     if not torch.jit.is_scripting():
-        output, tensors = None, (input, weight, bias)
+        y, tensors = None, (input, weight, bias)
         if isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0:
-            arguments = (as_autocast(input), weight, bias, None, None, True, eps, num_groups, True, 1)
-            output = by_operator(GROUP_NORM, eps, tensors, _ops.batch_norm, *arguments)
-        return GROUP_NORM(input, num_groups, weight, bias, eps) if output is None else output
+            rest = (weight, bias, None, None, True, eps, num_groups, True, 1)
+            y = by_operator(GROUP_NORM, eps, tensors, _ops.batch_norm, as_autocast(input), *rest)
+        return GROUP_NORM(input, num_groups, weight, bias, eps) if y is None else y
     return F.group_norm(input, num_groups, weight, bias, eps)
 
 

@@ -63,16 +63,16 @@ class _WeightNorm(_Native):
 
 def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
     """``g * v / norm(v)``, or None where PyTorch has to look at the arguments."""
-    whole = dim == -1
-    norms = 1 if whole else v.size(dim) if 0 <= dim < v.dim() else -1
+    whole, shape = dim == -1, v.shape
+    norms = 1 if whole else shape[dim] if 0 <= dim < len(shape) else -1
     if v.numel() == 0 or g.numel() != norms or v.dtype != g.dtype:
         return None
-    if dim in (0, v.dim() - 1):
+    if dim in (0, len(shape) - 1):
         return _ops.weight_norm(v, g, dim)
     # channels of v.view(before, norms, after) by the root of their mean square
-    x = v.reshape(1, 1, -1) if whole else v.reshape(v.shape[:dim].numel(), norms, -1)
+    x = v.reshape(1, 1, -1) if whole else v.reshape(shape[:dim].numel(), norms, -1)
     # norm = root mean square * root of the number of elements; halves would round the factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
     y = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False, 1)
-    return y.view(v.shape)
+    return y.view(shape)

@@ -15,6 +15,7 @@
 #include "node.h"
 #include "ops.h"
 #include "ranks.h"
+#include "rows.h"
 
 namespace batchnorm_ext {
 namespace {
@@ -66,22 +67,6 @@ Gradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks
   if (mask[2]) dbias.copy_(local[0]);
   if (mask[0]) dx = call_grad_apply(dy, x, weight, stats, wait(pending), count);
   return {std::move(dx), std::move(dweight), std::move(dbias)};
-}
-
-int64_t numel_of(at::IntArrayRef shape) { return c10::multiply_integers(shape); }
-
-// What has the right number of dimensions is taken as it is: a view costs as much as a small kernel.
-Tensor as_rows(const Tensor& x, at::IntArrayRef normalized_shape) {
-  const bool are_rows = x.dim() == 2 && normalized_shape.size() == 1;
-  return are_rows ? x : x.reshape_symint({-1, numel_of(normalized_shape)});
-}
-
-Tensor from_rows(const Tensor& rows, c10::SymIntArrayRef size) {
-  return !rows.defined() || rows.dim() == static_cast<int64_t>(size.size()) ? rows : rows.view_symint(size);
-}
-
-OptionalTensor as_row(const OptionalTensor& parameter) {
-  return !parameter || parameter->dim() == 1 ? parameter : OptionalTensor(parameter->reshape({-1}));
 }
 
 Gradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {

@@ -20,7 +20,8 @@ class Row {
   static constexpr int64_t kShortRun = 4;           // blocks of lanes
   static constexpr int64_t kBlock = 1024;           // elements of a block of several statistics, at most,
   static constexpr int64_t kMostStats = 16;         // and these statistics
-  static constexpr int kTogether = 4;               // cells with few elements that are reduced at once
+  static constexpr int kMomentsTogether = 4;        // cells with few elements that are reduced at once:
+  static constexpr int kGradsTogether = 2;          // of moments and of gradient sums
 
  public:
   // Chunks have `most_runs` runs at most.
@@ -55,7 +56,7 @@ class Row {
       few_moments(rows, s.length, mean + i, m2 + i);
     };
     if (few)
-      for_each_together<kTogether>(cells, take);
+      for_each_together<kMomentsTogether>(cells, take);
     else
       for (int64_t i = 0; i < cells; ++i) cell_moments(x + start(begin + i, s), s, mean + i, m2 + i);
   }
@@ -64,13 +65,15 @@ class Row {
                  Scratch&) const {
     const Span s = span(chunk);
     const int64_t cells = width(block), begin = first(block);
-    const bool few = (s.length + kPart - 1) / kPart * s.runs <= kTile;
+    const int64_t loads = (s.length + kPart - 1) / kPart * s.runs;
+    const bool few = loads <= kTile;
     const auto take = [&]<int R>(int64_t i) {
       int64_t starts[R];
       for (int r = 0; r < R; ++r) starts[r] = start(begin + i + r, s);
       few_grad_sums(dy, x, starts, mean + begin + i, s, sum + i, dot + i);
     };
-    if (few) return for_each_together<kTogether>(cells, take);
+    if (few && loads * 2 <= kTile) return for_each_together<kGradsTogether>(cells, take);
+    if (few) return for_each_together<1>(cells, take);  // longer ones in the order of memory
     for (int64_t i = 0; i < cells; ++i) {
       const int64_t at = start(begin + i, s);
       cell_grad_sums(dy + at, x + at, mean[begin + i], s, sum + i, dot + i);
@@ -212,8 +215,6 @@ class Row {
       for_each_load(s.length, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
         for (int r = 0; r < R; ++r) {
           const int64_t at = starts[r] + run * stride() + i;
-          __builtin_prefetch(dy + at + R * s.length, 0, 2);
-          __builtin_prefetch(x + at + R * s.length, 0, 2);
           const Block<A, V> grad = load(dy + at), v = load(x + at);
           for (int q = 0; q < V; ++q) {
             sums[r][q] = sums[r][q] + grad.v[q];
