@@ -89,7 +89,7 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
 
     on_gpu = args.device == "cuda"
     if on_gpu and not batchnorm_ext._ops.takes(
-        batchnorm_ext._native.BATCH_NORM, torch.empty(2, 1, device="cuda")
+        batchnorm_ext._native.BATCH_NORM, (torch.empty(2, 1, device="cuda"),)
     ):
         raise SystemExit("batchnorm_ext was built without kernels for this GPU: see make gpu")
     header = gpu() if on_gpu else {}

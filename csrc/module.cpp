@@ -101,8 +101,8 @@ PyMethodDef method(const char* name) {
           "the output of the operator of this name, all of whose arguments are given"};
 }
 
-PyMethodDef methods[] = {method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"),
-                         method<weight_norm>("weight_norm"), {}};
+PyMethodDef methods[] = {
+    method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"), method<weight_norm>("weight_norm"), {}};
 
 }  // namespace
 

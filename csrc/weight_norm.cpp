@@ -68,8 +68,6 @@ Tensor weight_norm(const Tensor& some_v, const Tensor& some_g, int64_t dim) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {
-  m.impl("weight_norm", weight_norm);
-}
+TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) { m.impl("weight_norm", weight_norm); }
 
 }  // namespace batchnorm_ext
