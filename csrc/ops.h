@@ -99,12 +99,11 @@ void register_apply(torch::Library& m) {
 }
 
 // dweight has the dtype of weight, dbias has bias_dtype (the backward does not get the bias itself). Without the
-// parameter: float64 if x is float64, otherwise float32.
-// empty(dtype) makes one.
+// parameter: float64 if x is float64, otherwise float32. empty(dtype) makes one.
 template <typename Empty>
-std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
-                                                             std::optional<at::ScalarType> bias_dtype, const Mask& mask,
-                                                             const Empty& empty) {
+std::tuple<at::Tensor, at::Tensor> make_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
+                                                            std::optional<at::ScalarType> bias_dtype, const Mask& mask,
+                                                            const Empty& empty) {
   const auto absent = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return {mask[1] ? empty(weight ? weight->scalar_type() : absent) : at::Tensor(),
           mask[2] ? empty(bias_dtype.value_or(absent)) : at::Tensor()};
@@ -113,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x
 inline std::tuple<at::Tensor, at::Tensor> empty_parameter_gradients(const at::Tensor& x, const OptionalTensor& weight,
                                                                     std::optional<at::ScalarType> bias_dtype,
                                                                     const Mask& mask, int64_t parameter_dim = 1) {
-  return empty_parameter_gradients(x, weight, bias_dtype, mask, [&](at::ScalarType dtype) {
+  return make_parameter_gradients(x, weight, bias_dtype, mask, [&](at::ScalarType dtype) {
     return x.new_empty_symint({x.sym_size(parameter_dim)}, x.options().dtype(dtype));
   });
 }

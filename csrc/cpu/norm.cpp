@@ -210,7 +210,7 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
   const auto [want_dx, want_dweight, want_dbias] = mask;
   Tensor dx = want_dx ? empty_output_like(x) : Tensor(), dweight, dbias;
   const int64_t parameters = x.size(domain.parameter_dim);
-  std::tie(dweight, dbias) = empty_parameter_gradients(
+  std::tie(dweight, dbias) = make_parameter_gradients(
       x, weight, bias_dtype, mask, [&](at::ScalarType dtype) { return at::detail::empty_cpu({parameters}, dtype); });
   if (x.numel() == 0) {
     if (want_dweight) dweight.zero_();
