@@ -1,6 +1,7 @@
 """Inputs of every memory format, dense or not, and of other layouts than strided."""
 
 import re
+import warnings
 
 import torch
 from torch.utils import mkldnn
@@ -116,7 +117,9 @@ def _(lib):
 @situation("mkldnn: the layer made by torch.utils.mkldnn")
 def _(lib):
     model = lib.switch(torch.nn.Sequential(numbered(torch.nn.BatchNorm2d(3))).eval())
-    made = mkldnn.to_mkldnn(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's own use of TorchScript, once in a process
+        made = mkldnn.to_mkldnn(model)
     return type(made[0]).__name__, made(batch(4, 3, 2, 2).to_mkldnn())
 
 
