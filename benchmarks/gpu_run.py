@@ -116,8 +116,7 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
     bench += "--pass forward backward eval --dtype bf16 fp16 fp32 "
     steps = f"{python} benchmarks/model.py --device cuda --out {out} --networks resnet50"
     large, usual = "--shapes resnet50 --batch 256", "--shapes resnet50 mobilenetv2 large"
-    family = f"{python} benchmarks/bench.py --device cuda --rounds 5 --out {out} --family "
-    family += "GroupNorm InstanceNorm 'LayerNorm of channels'"
+    family = f"{bench} --family GroupNorm InstanceNorm 'LayerNorm of channels'"
     layers = [f"{bench} --name layers-256 {large}", f"{bench} --name layers-32 {usual}"]
     return [
         Stage("build", 10, [build]),

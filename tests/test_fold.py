@@ -66,15 +66,16 @@ packages = pytest.mark.parametrize("package", [nn, batchnorm_ext])
 affine = pytest.mark.parametrize("affine", [True, False])
 
 
+def every_pair(test):
+    for mark in (layers, biases, groups, norms, packages, affine):
+        test = mark(test)
+    return test
+
+
 # After a layer: always
 
 
-@layers
-@biases
-@groups
-@norms
-@packages
-@affine
+@every_pair
 def test_norm_after_convolution(dims, bias, groups, kind, package, affine):
     norm = norm_of(kind, dims, package, affine=affine)
     for name in ("Conv", "ConvTranspose"):
@@ -108,12 +109,7 @@ def test_linear_on_either_side(bias, package, affine, kind):
 # Before a layer: where no shift is missing
 
 
-@layers
-@biases
-@groups
-@norms
-@packages
-@affine
+@every_pair
 def test_norm_before_convolution_without_padding(dims, bias, groups, kind, package, affine):
     layer = getattr(nn, f"Conv{dims}d")(C, 8, 3, 2, dilation=2, groups=groups, bias=bias)
     norm = norm_of(kind, dims, package, affine=affine)

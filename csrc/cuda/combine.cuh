@@ -16,7 +16,7 @@ struct CombineMoments {
   const double* sums;  // of each cell, as in sums.h
   double* stats;       // [mean | invstd] of each statistic
 
-  BATCHNORM_EXT_HD int64_t warps() const { return geometry.stats(); }
+  BATCHNORM_EXT_HD int64_t warps() const { return stats_of(geometry); }
 
   template <typename SumOver>
   __device__ __forceinline__ void combine(int64_t s, bool writes, const SumOver& sum_over) const {
@@ -41,7 +41,7 @@ struct CombineGrads {
   const double* sums;  // [sum(dy) | sum(dy * xhat)] of each cell
   double* combined;    // the same of weight * dy and of each statistic; none: not wanted
 
-  BATCHNORM_EXT_HD int64_t combined_stats() const { return combined == nullptr ? 0 : geometry.stats(); }
+  BATCHNORM_EXT_HD int64_t combined_stats() const { return combined == nullptr ? 0 : stats_of(geometry); }
   BATCHNORM_EXT_HD int64_t warps() const { return combined_stats() + geometry.channels; }
 
   template <typename SumOver>
@@ -62,7 +62,7 @@ struct CombineGrads {
     const GradSums grads = combine_grads(weight_of, at(sums), at(sums + geometry.cells()), sum);
     if (!writes) return;
     combined[s] = grads.dbias;
-    combined[geometry.stats() + s] = grads.dweight;
+    combined[stats_of(geometry) + s] = grads.dweight;
   }
 
   template <typename Sum>
