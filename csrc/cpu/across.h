@@ -55,7 +55,6 @@ class AcrossBackward {
           map_row<streaming.value>(dy + at, x + at, dx == nullptr ? nullptr : dx + at, columns, pattern.first(block),
                                    weights.row(0)[row], sums);
         });
-        if constexpr (streaming.value) stream_fence();
       };
       reduce_then_map(pattern, Schedule(pattern), reduce, add_sums, finish, map);
     });

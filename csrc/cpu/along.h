@@ -43,7 +43,7 @@ class AlongBackward {
     const int64_t channels = g.channels;
     std::unique_ptr<double[]> parts(new double[2 * chunks * channels]);
     with_streaming<T>(g, [&](auto streaming) {
-      at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      parallel(chunks, 1, [&](int64_t begin, int64_t end) {
         Scratch scratch;
         for (int64_t chunk = begin; chunk < end; ++chunk) {
           double* const sums = parts.get() + 2 * chunk * channels;
@@ -51,7 +51,7 @@ class AlongBackward {
         }
       });
     });
-    at::parallel_for(0, channels, 4096, [&](int64_t begin, int64_t end) {
+    parallel(channels, 4096, [&](int64_t begin, int64_t end) {
       std::fill(dweight + begin, dweight + end, 0.0);
       std::fill(dbias + begin, dbias + end, 0.0);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -89,7 +89,6 @@ class AlongBackward {
       }
       for (int64_t c = 0; c < g.channels; ++c) dweight[c] += dots[c], dbias[c] += sums[c];
     }
-    if constexpr (kStream) stream_fence();
   }
 
   // Adds dy * xhat to dots and dy to sums, and gives sum(g) and sum(g * (x - centre)) of the row. Asks for what comes

@@ -136,7 +136,6 @@ class Column {
       };
       transform<kStream>(out + at, s.columns, f, (in + at)...);
     }
-    if constexpr (kStream) stream_fence();
   }
 
   // f(offset, columns, row of the sample) for each row of a chunk. Not folded.
@@ -162,7 +161,6 @@ class Column {
     };
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride()) transform<kStream>(out + at, s.columns, f, (in + at)...);
-    if constexpr (kStream) stream_fence();
   }
 
  private:

@@ -24,12 +24,11 @@ class Row {
   static constexpr int kGradsTogether = 2;          // of moments and of gradient sums
 
  public:
-  // Chunks have `most_runs` runs at most.
-  explicit Row(const Geometry& geometry, int64_t most_runs = kChunk) : g(geometry) {
+  explicit Row(const Geometry& geometry) : g(geometry) {
     pieces = std::max<int64_t>(1, g.inner / kChunk);
     piece = (g.inner / pieces + L) / L * L;
     pieces = (g.inner + piece - 1) / piece;
-    runs = std::clamp<int64_t>(kChunk / g.inner, 1, most_runs);
+    runs = std::max<int64_t>(1, kChunk / g.inner);
     const int64_t stats =
         chunks() == 1 ? std::clamp<int64_t>(kBlock / std::max<int64_t>(1, g.count()), 1, kMostStats) : 1;
     cells_per_block = stats * g.per_stat;
@@ -97,7 +96,6 @@ class Row {
       };
       transform<kStream>(out + at, s.length, f, (in + at)...);
     }
-    if constexpr (kStream) stream_fence();
   }
 
   // out = op(coefficients of each cell, in...) over one chunk.
@@ -112,7 +110,6 @@ class Row {
       int64_t at = start(c, s);
       for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
     }
-    if constexpr (kStream) stream_fence();
   }
 
  private:

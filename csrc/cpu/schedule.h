@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "scratch.h"
+#include "vec.h"
 
 namespace batchnorm_ext::cpu {
 
@@ -26,6 +27,16 @@ inline int64_t even_share(int64_t total, int64_t most) {
 
 // Work that is not worth waking another thread for.
 constexpr int64_t kGrainElements = 32768;
+
+// f(begin, end) for shares of [0, n) on all threads. What a thread has streamed is in memory when it is done. A fence
+// after each run of 28x28 floats cost evaluation 20 % (AMD EPYC, 2 cores).
+template <typename F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    f(begin, end);
+    stream_fence();
+  });
+}
 
 struct Schedule {
   int64_t blocks, chunks, cells, per_stat, grain;  // grain: in chunks
@@ -59,7 +70,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
                      const Finish& finish, const Map& map) {
   const auto [blocks, chunks, cells, per_stat, grain, whole_blocks] = schedule;
   if (whole_blocks) {
-    at::parallel_for(0, blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
+    parallel(blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
       Scratch scratch;
       const int64_t capacity = pattern.width(0);
       std::unique_ptr<double[]> buffer(new double[4 * capacity]);
@@ -81,7 +92,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
   // Every task is one chunk. Row 2 * chunk of `parts` holds a, the row after it b, one value per cell.
   std::unique_ptr<double[]> parts(new double[2 * chunks * cells]);
   const auto part = [&](int64_t chunk, int64_t cell) { return parts.get() + 2 * chunk * cells + cell; };
-  at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+  parallel(blocks * chunks, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / chunks, chunk = task % chunks;
@@ -89,7 +100,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
       reduce(block, chunk, a, a + cells, scratch);
     }
   });
-  at::parallel_for(0, cells / per_stat, std::max<int64_t>(1, 4096 / chunks / per_stat), [&](int64_t from, int64_t to) {
+  parallel(cells / per_stat, std::max<int64_t>(1, 4096 / chunks / per_stat), [&](int64_t from, int64_t to) {
     const int64_t begin = from * per_stat, end = to * per_stat;
     double* a = part(0, begin);
     double n = pattern.count(0);
@@ -100,7 +111,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
     finish(begin, end - begin, a, a + cells);
   });
   if constexpr (!std::is_same_v<Map, NoMap>)
-    at::parallel_for(0, blocks * chunks, grain, [&](int64_t begin, int64_t end) {
+    parallel(blocks * chunks, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks, scratch);
     });
@@ -109,7 +120,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
 // Every chunk on its own, for maps that need no reduction: in the order of memory, as far as the pattern can.
 template <typename Map>
 void map_all(const Schedule& schedule, const Map& map) {
-  at::parallel_for(0, schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
+  parallel(schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) map(task % schedule.blocks, task / schedule.blocks, scratch);
   });

@@ -143,7 +143,7 @@ inline void stream(const V& value, void* p) {
 #endif
 }
 
-// Makes streamed writes visible to other threads in order; once per chunk.
+// Orders what has been streamed before what follows.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
