@@ -83,9 +83,15 @@ struct Forward {
       combine_moments(reduced, width, means, m2);
       finish(first / reduced.per_stat, width / reduced.per_stat, means, m2);
     };
-    if (reduced.per_stat < geometry.per_stat) {  // the reduction and the map have other blocks
-      with_pattern<T>(reduced, [&](const auto& pattern) { reduce_moments(pattern, x, finish_cells, NoMap()); });
-      return map_tensor(geometry, Normalize<A>(), table.view(), y, x);
+    if (reduced.per_stat < geometry.per_stat) {  // a statistic is one run, along which the coefficients change
+      const Row<T> pattern(reduced);
+      return with_streaming<T>(geometry, [&](auto streaming) {
+        const auto map = [&](int64_t block, int64_t chunk, Scratch&) {
+          const auto [begin, end] = pattern.extent(block, chunk);
+          map_range<streaming.value>(geometry, Normalize<A>(), table.view(), begin, end, y, x);
+        };
+        reduce_moments(pattern, x, finish_cells, map);
+      });
     }
     with_pattern<T>(geometry, [&](const auto& pattern) {
       with_streaming<T>(geometry, [&](auto streaming) {

@@ -89,23 +89,22 @@ void reduce_grads(const Pattern& pattern, const T* dy, const T* x, const Acc<T>*
   reduce_then_map(pattern, Schedule(pattern), reduce, merge, finish_sums, map);
 }
 
-// out = op(coefficients of each cell, in...) for a whole tensor, run by run. No division for each run: short ones would
-// take a quarter longer.
+// out[i] = op(coefficients of each cell, in[i]...) for i in [begin, end), run by run. No division for each run: short
+// ones would take a quarter longer.
 template <bool kStream, typename T, typename Op, typename... In>
-void map_runs(const Geometry& g, const Op& op, const Acc<T>* const* coefficients, T* out, const In*... in) {
-  parallel(g.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
-    int64_t row = begin / (g.channels * g.inner), channel = begin / g.inner % g.channels;
-    for (int64_t at = begin, stop = begin / g.inner * g.inner; at < end; at = stop, channel = 0, ++row) {
-      const int64_t first = row / g.outer * g.channels;  // cell of the sample
-      for (; at < end && channel < g.channels; at = stop, ++channel) {
-        stop += g.inner;
-        const int64_t n = std::min(end, stop) - at;
-        Vec<Acc<T>> cell[Op::kCoefficients];
-        for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<Acc<T>>(coefficients[i][first + channel]);
-        transform<kStream>(out + at, n, [&](int64_t, const auto&... v) { return op(cell, v...); }, (in + at)...);
-      }
+void map_range(const Geometry& g, const Op& op, const Acc<T>* const* coefficients, int64_t begin, int64_t end, T* out,
+               const In*... in) {
+  int64_t row = begin / (g.channels * g.inner), channel = begin / g.inner % g.channels;
+  for (int64_t at = begin, stop = begin / g.inner * g.inner; at < end; at = stop, channel = 0, ++row) {
+    const int64_t first = row / g.outer * g.channels;  // cell of the sample
+    for (; at < end && channel < g.channels; at = stop, ++channel) {
+      stop += g.inner;
+      const int64_t n = std::min(end, stop) - at;
+      Vec<Acc<T>> cell[Op::kCoefficients];
+      for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<Acc<T>>(coefficients[i][first + channel]);
+      transform<kStream>(out + at, n, [&](int64_t, const auto&... v) { return op(cell, v...); }, (in + at)...);
     }
-  });
+  }
 }
 
 // A map alone, where runs are long enough for it. It reads once, so that twice as much stays in the caches. Runs that
@@ -116,8 +115,11 @@ void map_by_runs(const Geometry& geometry, const Op& op, const Acc<T>* const* co
   constexpr int64_t line = 64, long_run = 1024;  // bytes
   const int64_t run = geometry.inner * static_cast<int64_t>(sizeof(T));
   const bool large = bytes_of<T>(geometry) >= 2 * stream_bytes();
-  stream_if(large && (run % line == 0 || run >= long_run),
-            [&](auto streaming) { map_runs<streaming.value>(geometry, op, coefficients, out, in...); });
+  stream_if(large && (run % line == 0 || run >= long_run), [&](auto streaming) {
+    parallel(geometry.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
+      map_range<streaming.value>(geometry, op, coefficients, begin, end, out, in...);
+    });
+  });
 }
 
 // out = op(coefficients of each cell, in...) for a whole tensor.

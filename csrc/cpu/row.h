@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "../geometry.h"
 #include "moments.h"
@@ -39,6 +40,13 @@ class Row {
   int64_t chunks() const { return (g.outer + runs - 1) / runs * pieces; }
   int64_t first(int64_t block) const { return block * cells_per_block; }
   int64_t width(int64_t block) const { return std::min(cells_per_block, g.cells() - first(block)); }
+
+  // The elements of a chunk, which follow each other where there is one run of each cell.
+  std::pair<int64_t, int64_t> extent(int64_t block, int64_t chunk) const {
+    const Span s = span(chunk);
+    const int64_t begin = start(first(block), s);
+    return {begin, begin + (width(block) - 1) * g.inner + s.length};
+  }
 
   double count(int64_t chunk) const {
     const Span s = span(chunk);
