@@ -5,10 +5,11 @@
 
 ``BatchNorm1d/2d/3d``, ``InstanceNorm1d/2d/3d``, their lazy forms, ``GroupNorm``, ``LayerNorm`` and
 ``RMSNorm`` are drop-ins for the ``torch.nn`` classes, ``functional`` for the functions and
-``weight_norm`` for the parametrization. ``convert_sync_batchnorm`` makes layers normalize over all
-ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales features,
-``update_population_stats`` and ``as_affine`` prepare a model for evaluation, ``fold`` merges norms
-into the layers next to them. ``show_config`` tells how the library was built,
+``weight_norm`` for the parametrization. ``BatchNormAct1d/2d/3d`` and ``GroupNormAct`` add a
+residual and apply an activation in the same pass. ``convert_sync_batchnorm`` makes layers normalize
+over all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales
+features, ``update_population_stats`` and ``as_affine`` prepare a model for evaluation, ``fold``
+merges norms into the layers next to them. ``show_config`` tells how the library was built,
 ``python -m batchnorm_ext`` prints what a bug report needs and tests it.
 """
 
@@ -33,6 +34,12 @@ from batchnorm_ext.modules import (
     LazyInstanceNorm3d,
     RMSNorm,
 )
+from batchnorm_ext.modules_act import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    GroupNormAct,
+)
 from batchnorm_ext.parametrizations import weight_norm
 from batchnorm_ext.population import as_affine, update_population_stats
 from batchnorm_ext.sync import SyncBatchNorm
@@ -43,7 +50,11 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "GroupNorm",
+    "GroupNormAct",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
