@@ -1,10 +1,10 @@
 // Activations by the names of torch.nn.functional, with arguments in brackets: "relu", "leaky_relu(0.1)".
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/elu_backward.h>
 #include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardsigmoid_backward.h>
 #include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/leaky_relu_backward.h>
@@ -98,11 +98,11 @@ inline const ActivationRow kRows[] = {
      {},
      smooth<Curve::kHardswish>,
      [](const Tensor& dy, const Tensor& z, D, D) { return at::hardswish_backward(dy, z); }},
-    {"hardsigmoid",
+    {"hardsigmoid",  // PyTorch's derivative is 1/6 in float32, in float64 as well
      0,
      {},
      smooth<Curve::kHardsigmoid>,
-     [](const Tensor& dy, const Tensor& z, D, D) { return at::hardsigmoid_backward(dy, z); }},
+     [](const Tensor& dy, const Tensor& z, D, D) { return at::hardtanh_backward(dy, z, -3, 3) / 6; }},
     {"mish",
      0,
      {},

@@ -30,9 +30,9 @@ void check_centred(const Domain& domain) {
       [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
 }
 
-void check_plain(const Operands& o, const Spec& s) {
+void check_plain(const OptionalTensor& residual, std::string_view activation) {
   refusing([&] {
-    TORCH_CHECK_NOT_IMPLEMENTED(!o.residual && s.activation.empty(),
+    TORCH_CHECK_NOT_IMPLEMENTED(!residual && activation.empty(),
                                 "batch_norm: expected neither residual nor activation on CUDA");
   });
 }
@@ -71,7 +71,7 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_centred(s.domain);
-  check_plain(o, s);
+  check_plain(o.residual, s.activation);
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
@@ -156,6 +156,12 @@ Gradients backward(const GradOperands& o, const GradSpec& s) {
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+  check_plain(o.residual, s.activation);
+  auto [dx, dweight, dbias] = backward(o, s);
+  return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+}
+
 Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
   check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
   const CUDAGuard guard(input.device());
@@ -196,6 +202,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
+  register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);
