@@ -12,6 +12,7 @@
 
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "activation_table.h"
@@ -91,14 +92,14 @@ inline void check_domain(const at::Tensor& x, const Spec& s) {
 }
 
 // Raises for a name that is none.
-inline void check_activation(const Operands& o, const Spec& s) {
-  if (s.activation.empty()) return;
-  const Activation activation = activation_named(s.activation).make();
-  const bool one_per_cell = s.domain.groups > 0 && holds(o.x.sym_numel().sym_eq(o.x.sym_size(0) * o.x.sym_size(1)));
-  TORCH_CHECK_NOT_IMPLEMENTED(s.domain.parameter_dim == 1 && s.domain.centred && !one_per_cell,
+inline void check_activation(const at::Tensor& x, const Domain& domain, std::string_view name, bool has_residual) {
+  if (name.empty()) return;
+  const Activation activation = activation_named(name).make();
+  const bool one_per_cell = domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
+  TORCH_CHECK_NOT_IMPLEMENTED(domain.parameter_dim == 1 && domain.centred && !one_per_cell,
                               "batch_norm: expected no activation where each element of a statistic has parameters");
   // the output would not tell what the input was
-  TORCH_CHECK_NOT_IMPLEMENTED(!(o.residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
                               "batch_norm: expected no residual before an activation of negative slope");
 }
 
@@ -134,7 +135,7 @@ inline void check_operands(const Operands& o, const Spec& s) {
         "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
     check_domain(o.x, s);
-    check_activation(o, s);
+    check_activation(o.x, s.domain, s.activation, o.residual.has_value());
   });
   check_residual(o.x, o.residual);
 }
@@ -223,6 +224,7 @@ inline void check_backward(const GradOperands& o, const GradSpec& s) {
     check_input(x);
     check_per_channel(x, weight, "weight", s.domain.parameter_dim);
     check_per_channel(x, bias, "bias", s.domain.parameter_dim);
+    check_activation(x, s.domain, s.activation, residual.has_value());
   });
   TORCH_CHECK(holds(c10::sym_equals(dy.sym_sizes(), x.sym_sizes())) && dy.scalar_type() == x.scalar_type() &&
                   dy.device() == x.device(),

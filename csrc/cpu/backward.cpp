@@ -180,8 +180,7 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     if (want_dweight) write_channels(dweight, parameters, dweights);
     if (want_dbias) write_channels(dbias, parameters, dbiases);
   };
-  const double* const mean = o.stats.const_data_ptr<double>();
-  const double* const invstd = mean + geometry.stats();
+  const double *const mean = o.stats.const_data_ptr<double>(), *const invstd = mean + geometry.stats();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_backward", [&] {
     const auto read = [](const OptionalTensor& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
     const auto write = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr; };
