@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["activate", "activation_name"]
+__all__ = ["activate", "activate_in_place", "activation_name", "is_activation"]
 
 _FUNCTIONS: dict[str, Callable] = {
     "relu": F.relu,
@@ -76,6 +76,19 @@ def activate(z: Tensor, activation: str) -> Tensor:
         return z
     function, arguments = _parsed(activation)
     return function(z, *arguments)
+
+
+def activate_in_place(z: Tensor, activation: str) -> Tensor:
+    """The same, written into ``z``."""
+    function, arguments = _parsed(activation)
+    if function in (torch.sigmoid, torch.tanh):
+        return getattr(z, f"{activation}_")()
+    return function(z, *arguments, inplace=True)
+
+
+def is_activation(module: object) -> bool:
+    """Whether :func:`activation_name` has a name for this module."""
+    return type(module) in _MODULES or type(module) is nn.GELU
 
 
 def _parsed(activation: str) -> tuple[Callable, list[float]]:
