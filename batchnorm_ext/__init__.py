@@ -9,14 +9,17 @@
 residual and apply an activation in the same pass. ``convert_sync_batchnorm`` makes layers normalize
 over all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales
 features, ``update_population_stats`` and ``as_affine`` prepare a model for evaluation, ``fold``
-merges norms into the layers next to them. ``show_config`` tells how the library was built,
-``python -m batchnorm_ext`` prints what a bug report needs and tests it.
+merges norms into the layers next to them, ``fuse`` with the additions and activations after them.
+``show_config`` tells how the library was built, ``python -m batchnorm_ext`` prints what a bug
+report needs and tests it.
 """
 
 from batchnorm_ext import functional, preprocessing
 from batchnorm_ext._ops import show_config
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.fold import fold
+from batchnorm_ext.fuse import fuse
+from batchnorm_ext.fusion import fuse_graph
 from batchnorm_ext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -72,6 +75,8 @@ __all__ = [
     "convert_sync_batchnorm",
     "fold",
     "functional",
+    "fuse",
+    "fuse_graph",
     "preprocessing",
     "revert",
     "show_config",
