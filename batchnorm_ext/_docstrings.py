@@ -118,6 +118,32 @@ Args:
     + _MISFIT
 )
 
+_ACTIVATED = r"""
+.. math:: y = \phi\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
+    + \beta + r\right)
+
+with an activation phi and, where ``forward`` is given one, a residual r of the shape, dtype and
+device of the input. Parameters, buffers and ``state_dict`` are those of the layer without these.
+The conversions leave this layer as it is.
+"""
+
+_ACTIVATION = """
+    activation: ``identity``, ``relu``, ``relu6``, ``hardtanh``, ``leaky_relu``, ``elu``, ``silu``,
+        ``gelu``, ``gelu_tanh``, ``hardswish``, ``hardsigmoid``, ``mish``, ``sigmoid`` or ``tanh``,
+        with arguments as in ``"leaky_relu(0.1)"``, ``"elu(0.5)"``, ``"hardtanh(-2, 2)"``; or such a
+        module of ``torch.nn``. Default: relu."""
+
+
+def _activated(details: str) -> str:
+    """The details of a layer that has an activation as well."""
+    text = details.replace(_STANDARDIZED, _ACTIVATED)
+    text = text.replace("\n    eps: ", f"{_ACTIVATION}\n    eps: ", 1)
+    error = "    ValueError: an unknown activation; a residual unlike the input.\n"
+    return text.replace("\nRaises:\n", f"\nRaises:\n{error}")
+
+
+BATCH_ACT, GROUP_ACT = _activated(BATCH), _activated(GROUP)
+
 _ROWS = """
     normalized_shape: sizes of the last dimensions, or the size of the last one.
     eps: %s

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm_ext import _ops, functional
+from batchnorm_ext._act import has_kernels_for
 from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
 from batchnorm_ext._tracking import undone_on_error
@@ -39,25 +40,25 @@ class Fused:
             _exact.add(cls)
             cls.__as_imported = staticmethod(getattr(cls.__native, "forward", None))
 
-    def _forward_or_leave(self, input: Tensor) -> Tensor:
-        native = self.__native.forward
-        if native is not self.__as_imported:  # someone has replaced it
-            return native(self, input)
+    def _forward_or_leave(self, input: Tensor, *more: Tensor) -> Tensor:
+        """``more``: what a layer takes beside its input."""
+        if self.__native.forward is not self.__as_imported:  # someone has replaced it
+            return self._torch_forward(input, *more)
         if isinstance(input, fx.Proxy):
-            return self.__traced(input)
-        return self._fused_forward(input)
+            return self.__traced(input, *more)
+        return self._fused_forward(input, *more)
 
     def _torch_forward(self, input: Tensor) -> Tensor:
         return self.__native.forward(self, input)
 
-    def __traced(self, input: fx.Proxy) -> Tensor:
+    def __traced(self, input: fx.Proxy, *more: fx.Proxy) -> Tensor:
         """One node of the graph, where the tracer takes the ``torch.nn`` layer for a leaf.
 
         That layer's hooks would not run while it is traced. Ours have done so on the way here, and
         would again in the node.
         """
         if type(self) not in _exact:
-            return self.__native.forward(self, input)
+            return self._torch_forward(input, *more)
         if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
             raise fx.proxy.TraceError(
                 f"{type(self).__name__} with hooks or a forward of its own is traced only as the "
@@ -67,8 +68,8 @@ class Fused:
         twin.__dict__ = self.__dict__
         path = input.tracer.path_of_module(self)
         if path and input.tracer.is_leaf_module(twin, path):
-            return input.tracer.create_proxy("call_module", path, (input,), {})
-        return self.__native.forward(self, input)
+            return input.tracer.create_proxy("call_module", path, (input, *more), {})
+        return self._torch_forward(input, *more)
 
 
 def _stands_for(native: Callable) -> Callable[[Callable], Callable]:
@@ -87,24 +88,28 @@ class FusedBatchNorm(Fused):
     def forward(self, input: Tensor) -> Tensor:
         return self._forward_or_leave(input)
 
-    def _fused_forward(self, input: Tensor) -> Tensor:
+    def _fused_forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """``activation``: None of a layer that has neither one nor a residual."""
+        more = () if residual is None else (residual,)
         if _ops.leaves_process() and self._exports_as_torch():
-            return self._torch_forward(input)
+            return self._torch_forward(input, *more)
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
         mean, var, batches = statistics(self)
-        if not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias)):
+        fuses = activation is None or has_kernels_for(input, residual, activation)
+        if not fuses or not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias, *more)):
             if batches is None or torch.compiler.is_compiling():
-                return self._torch_forward(input)
+                return self._torch_forward(input, *more)
             with undone_on_error(batches):
-                return self._torch_forward(input)
+                return self._torch_forward(input, *more)
         self._check_input_dim(input)
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
         # in evaluation without buffers the statistics are those of the batch
         training = bool(self.training) or (mean is None and var is None)
-        eps = self.eps
-        return normalize(
-            BATCH_NORM, input, mean, var, weight, bias, batches, counted, training, momentum, eps
-        )
+        tensors = (input, mean, var, weight, bias, batches, counted)
+        options = (training, momentum, self.eps, 0, residual, activation or "")
+        return normalize(BATCH_NORM, *tensors, *options)
 
     def _exports_as_torch(self) -> bool:
         """Whether torch.export can take it as torch's own: not where it reads its counter."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
+from batchnorm_ext._activations import activate
 from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track, undone_on_error
 
@@ -24,25 +25,27 @@ def normalize(
     momentum: float | None,
     eps: float,
     groups: int = 0,
+    residual: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
     """Call the operator for these arguments; what it does not take goes to torch's function.
 
     ``momentum`` may be None with ``num_batches_tracked``: the cumulative average. ``counted`` is a
     counter that the operator does not take. With ``groups`` each sample has statistics of its own
-    for each of so many groups of channels.
+    for each of so many groups of channels. ``residual`` is added before the activation.
     """
     fits = isinstance(eps, _NUMBER) and (eps > 0 or groups > 0 or (eps == 0 and not training))
     if fits and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
             if not training or (running_mean is None and running_var is None):
-                options = (training, eps, groups, True, 1)
+                options = (training, eps, groups, True, 1, residual, activation)
                 output = _ops.batch_norm(input, weight, bias, running_mean, running_var, *options)
                 if counted is not None:
                     counted.add_(1)
                 return output
             if running_mean is not None and running_var is not None:
                 state = (running_mean, running_var, num_batches_tracked, counted)
-                options = (momentum, eps, groups)
+                options = (momentum, eps, groups, residual, activation)
                 return track(_ops.batch_norm_update, input, weight, bias, *state, *options)
         except RuntimeError as error:
             if not _ops.is_refusal(error) or torch.compiler.is_compiling():
@@ -50,7 +53,8 @@ def normalize(
             _ops.log_once(native.name, str(error).partition("\n")[0])
     batches = (num_batches_tracked, counted)
     tensors = (input, running_mean, running_var, weight, bias)
-    return _by_torch(native, *tensors, *batches, training, momentum, eps)
+    output = _by_torch(native, *tensors, *batches, training, momentum, eps)
+    return activate(output if residual is None else output + residual, activation)
 
 
 def by_operator(

@@ -53,7 +53,7 @@ def _over_channels(
     if input.is_cuda and _are_rows(input, weight, bias):
         return None
     x = as_autocast(input).flatten(2).transpose(1, 2)  # (N, positions, C), of the same memory
-    y = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2)
+    y = _ops.batch_norm(x, weight, bias, None, None, True, eps, x.size(1), True, 2, None, "")
     return y.transpose(1, 2).reshape(input.shape)
 
 

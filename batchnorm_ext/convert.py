@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from batchnorm_ext import modules
+from batchnorm_ext._rewrite import unfuse
 from batchnorm_ext.sync import SyncBatchNorm
 
 __all__ = ["convert", "convert_sync_batchnorm", "revert"]
@@ -114,7 +115,7 @@ def convert_sync_batchnorm(
 
 
 def revert(module: Module) -> Module:
-    """Undo :func:`convert_sync_batchnorm`, and :func:`convert` where that was not done.
+    """Undo :func:`fuse` and :func:`convert_sync_batchnorm`, and :func:`convert` without the latter.
 
     Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
     ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes
@@ -152,6 +153,7 @@ def revert(module: Module) -> Module:
             delattr(layer, attribute)
         return kind
 
+    unfuse(module)
     return _swap(module, "reverted", become_native, _is_ours)
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm_ext import _ops
+from batchnorm_ext._act import batch_norm_act, group_norm_act, instance_norm_act
 from batchnorm_ext._native import (
     BATCH_NORM,
     GROUP_NORM,
@@ -16,7 +17,16 @@ from batchnorm_ext._native import (
 from batchnorm_ext._normalize import by_operator, normalize
 from batchnorm_ext._rows import as_autocast, layer_norm_of_channels, root_mean_square
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_act",
+    "group_norm",
+    "group_norm_act",
+    "instance_norm",
+    "instance_norm_act",
+    "layer_norm",
+    "rms_norm",
+]
 
 
 def batch_norm(
@@ -75,19 +85,10 @@ def batch_norm(
             and not _ops.leaves_process()
             and _ops.takes(BATCH_NORM, (input, running_mean, running_var, weight, bias))
         ):
+            mean, var = running_mean, running_var
             # not as a tuple, which would be built and spread in every call
             return normalize(
-                BATCH_NORM,
-                input,
-                running_mean,
-                running_var,
-                weight,
-                bias,
-                None,
-                None,
-                training,
-                momentum,
-                eps,
+                BATCH_NORM, input, mean, var, weight, bias, None, None, training, momentum, eps
             )
         tensors = (input, running_mean, running_var, weight, bias)
         return BATCH_NORM(*tensors, training, momentum, eps)
@@ -200,7 +201,7 @@ def group_norm(
     if not torch.jit.is_scripting():
         y, tensors = None, (input, weight, bias)
         if isinstance(num_groups, int) and not isinstance(num_groups, bool) and num_groups > 0:
-            rest = (weight, bias, None, None, True, eps, num_groups, True, 1)
+            rest = (weight, bias, None, None, True, eps, num_groups, True, 1, None, "")
             y = by_operator(GROUP_NORM, eps, tensors, _ops.batch_norm, as_autocast(input), *rest)
         return GROUP_NORM(input, num_groups, weight, bias, eps) if y is None else y
     return F.group_norm(input, num_groups, weight, bias, eps)

@@ -74,5 +74,5 @@ def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
     # norm = root mean square * root of the number of elements; halves would round the factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
-    y = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False, 1)
+    y = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False, 1, None, "")
     return y.view(shape)

@@ -28,7 +28,7 @@ template <at::DeviceType device>
 Normalized forward(const Operands& o, const Spec& s) {
   const auto guard = without_autocast<device>();
   const OptionalTensor weight = raised(o.weight), bias = raised(o.bias);
-  return call_forward({o.x, weight, bias, o.running_mean, o.running_var, o.num_batches_tracked, kNone}, s);
+  return call_forward({o.x, weight, bias, o.running_mean, o.running_var, o.num_batches_tracked, kNone, o.residual}, s);
 }
 
 template <at::DeviceType device>

@@ -12,8 +12,10 @@
 
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <utility>
 
+#include "activation_table.h"
 #include "ops.h"
 
 namespace batchnorm_ext {
@@ -89,6 +91,26 @@ inline void check_domain(const at::Tensor& x, const Spec& s) {
                               x.sym_sizes(), " and ", groups, " groups");
 }
 
+// Raises for a name that is none.
+inline void check_activation(const at::Tensor& x, const Domain& domain, std::string_view name, bool has_residual) {
+  if (name.empty()) return;
+  const Activation activation = activation_named(name).make();
+  const bool one_per_cell = domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
+  TORCH_CHECK_NOT_IMPLEMENTED(domain.parameter_dim == 1 && domain.centred && !one_per_cell,
+                              "batch_norm: expected no activation where each element of a statistic has parameters");
+  // the output would not tell what the input was
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
+                              "batch_norm: expected no residual before an activation of negative slope");
+}
+
+// What is added to x before an activation.
+inline void check_residual(const at::Tensor& x, const OptionalTensor& residual) {
+  TORCH_CHECK(!residual || (residual->scalar_type() == x.scalar_type() && residual->device() == x.device() &&
+                            holds(c10::sym_equals(residual->sym_sizes(), x.sym_sizes()))),
+              "batch_norm: expected residual like input, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(),
+              ", got ", residual->scalar_type(), residual->sym_sizes(), " on ", residual->device());
+}
+
 // What every forward takes but for the number of elements.
 inline void check_operands(const Operands& o, const Spec& s) {
   const std::pair<const char*, const OptionalTensor&> statistics[] = {{"running_mean", o.running_mean},
@@ -113,7 +135,9 @@ inline void check_operands(const Operands& o, const Spec& s) {
         "batch_norm: expected num_batches_tracked with momentum=None, the cumulative average, got None");
     if (s.update && o.num_batches_tracked) check_counter(o.x, *o.num_batches_tracked);
     check_domain(o.x, s);
+    check_activation(o.x, s.domain, s.activation, o.residual.has_value());
   });
+  check_residual(o.x, o.residual);
 }
 
 // Rows of the last dimensions, with parameters of their size.
@@ -194,20 +218,24 @@ inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::S
               sums.scalar_type(), sums.sym_sizes(), " on ", sums.device());
 }
 
-inline void check_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                           const at::Tensor& stats, const Domain& domain = {}) {
+inline void check_backward(const GradOperands& o, const GradSpec& s) {
+  const auto& [dy, x, weight, bias, residual, stats] = o;
   refusing([&] {
     check_input(x);
-    check_per_channel(x, weight, "weight", domain.parameter_dim);
+    check_per_channel(x, weight, "weight", s.domain.parameter_dim);
+    check_per_channel(x, bias, "bias", s.domain.parameter_dim);
+    check_activation(x, s.domain, s.activation, residual.has_value());
   });
   TORCH_CHECK(holds(c10::sym_equals(dy.sym_sizes(), x.sym_sizes())) && dy.scalar_type() == x.scalar_type() &&
                   dy.device() == x.device(),
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
-  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, domain.stats(x)})) && stats.is_contiguous() &&
+  check_residual(x, residual);
+  const c10::SymInt count = s.domain.stats(x);
+  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, count})) && stats.is_contiguous() &&
                   stats.scalar_type() == at::kDouble && stats.device() == x.device(),
-              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", domain.stats(x),
-              "] on ", x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
+              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", count, "] on ",
+              x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
 }
 
 }  // namespace batchnorm_ext

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "activation_table.h"
 #include "ops.h"
 
 namespace batchnorm_ext {
@@ -44,49 +45,66 @@ inline at::Tensor average_of(const at::Tensor& values, int64_t groups) {
   return along_stats(values.reshape_symint({values.sym_size(0), groups, -1}).mean(-1), values, groups);
 }
 
-// The formulas of batch_norm_backward (ops.cpp), with mean and invstd as functions of x in training. average({v...})
-// gives the average of each v over the elements of a statistic, differentiably and shaped to broadcast; where these are
-// on several ranks it is one message.
-template <typename Average>
-Gradients differentiable_gradients(const at::Tensor& dy_, const at::Tensor& x_, const OptionalTensor& weight,
-                                   const at::Tensor& stats, bool training, std::optional<at::ScalarType> bias_dtype,
-                                   const Mask& mask, const Domain& domain, const Average& average) {
-  using at::Tensor;
-  const auto& [groups, centred, parameter_dim] = domain;
-  const auto dtype = x_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor x = x_.to(dtype), dy = dy_.to(dtype);
-  // Halves, because x - mean may overflow where xhat does not.
-  const Tensor half_mean = stats[0] * -0.5, rounded = half_mean.to(dtype);
-  Tensor half = at::add(along_stats(rounded, x, groups), x, 0.5);
-  // What rounding takes from the mean, for channels far from zero; running statistics have fewer bits.
-  if (training && dtype != at::kDouble) half = half + along_stats((half_mean - rounded).to(dtype), x, groups);
-  Tensor invstd = along_stats(stats[1].to(dtype), x, groups);
-  if (training && x_.requires_grad()) {
-    // These terms are zero; they only make the statistics differentiable functions of x. The variance is relative to
-    // its value, so that it neither overflows nor underflows, and needs no eps: it stands for
-    // (var + eps) / (its value + eps).
-    if (centred) half = half - average({half - half.detach()})[0];
-    const Tensor relative = average({(half * (2 * invstd)).square()})[0];
-    invstd = invstd * at::rsqrt(1 + (relative - relative.detach()));
-  }
-  const Tensor xhat = half * (2 * invstd);
-  Tensor dx, dweight, dbias;
-  if (mask[0]) {
-    const Tensor g = weight ? dy * along_channels(weight->to(dtype), x, parameter_dim) : dy;
-    dx = g;
-    if (training) {
-      const auto averages = average({g, g * xhat});
-      dx = g - xhat * averages[1];
-      if (centred) dx = dx - averages[0];
+// invstd and xhat in training as functions of x. average({v...}) gives the average of each v over the elements of a
+// statistic, differentiably and shaped to broadcast; where these are on several ranks it is one message.
+struct Normed {
+  at::Tensor invstd, xhat;
+
+  template <typename Average>
+  Normed(const at::Tensor& x, const at::Tensor& stats, bool training, bool differentiates, const Domain& domain,
+         const Average& average) {
+    using at::Tensor;
+    const auto dtype = x.scalar_type();
+    // Halves, because x - mean may overflow where xhat does not.
+    const Tensor half_mean = stats[0] * -0.5, rounded = half_mean.to(dtype);
+    Tensor half = at::add(along_stats(rounded, x, domain.groups), x, 0.5);
+    // What rounding takes from the mean, for channels far from zero; running statistics have fewer bits.
+    if (training && dtype != at::kDouble) half = half + along_stats((half_mean - rounded).to(dtype), x, domain.groups);
+    invstd = along_stats(stats[1].to(dtype), x, domain.groups);
+    if (training && differentiates) {
+      // These terms are zero; they only make the statistics differentiable functions of x. The variance is relative to
+      // its value, so that it neither overflows nor underflows, and needs no eps: it stands for
+      // (var + eps) / (its value + eps).
+      if (domain.centred) half = half - average({half - half.detach()})[0];
+      const Tensor relative = average({(half * (2 * invstd)).square()})[0];
+      invstd = invstd * at::rsqrt(1 + (relative - relative.detach()));
     }
-    dx = (invstd * dx).to(x_.scalar_type());
+    xhat = half * (2 * invstd);
   }
-  const auto sum = [&](const Tensor& terms, at::ScalarType to) {
-    return terms.sum(reduced_dims(x, domain.parameter_dim)).to(to);
-  };
-  if (mask[1]) dweight = sum(dy * xhat, weight ? weight->scalar_type() : dtype);
-  if (mask[2]) dbias = sum(dy, bias_dtype.value_or(dtype));
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
+};
+
+// The formulas of batch_norm_activated_backward (ops.cpp).
+template <typename Average>
+ActivatedGradients differentiable_gradients(const GradOperands& o, const GradSpec& s, const Average& average) {
+  using at::Tensor;
+  const auto own = o.x.scalar_type(), dtype = own == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t dim = s.domain.parameter_dim;
+  const Tensor x = o.x.to(dtype);
+  const Normed normed(x, o.stats, s.training, o.x.requires_grad(), s.domain, average);
+  const auto along = [&](const OptionalTensor& parameter) { return along_channels(parameter->to(dtype), x, dim); };
+  Tensor dy = o.dy.to(dtype), dx, dweight, dbias, dresidual;
+  if (const ChosenActivation activation = activation_named(s.activation); activation.row != nullptr) {
+    Tensor z = normed.xhat;
+    if (o.weight) z = z * along(o.weight);
+    if (o.bias) z = z + along(o.bias);
+    if (o.residual) z = activation.make().curve == Curve::kPiecewise ? o.residual->to(dtype).detach() : z + *o.residual;
+    dy = activation.grad(dy, z);
+    if (o.residual) dresidual = dy.to(own);
+  }
+  if (s.mask[0]) {
+    const Tensor g = o.weight ? dy * along(o.weight) : dy;
+    dx = g;
+    if (s.training) {
+      const auto averages = average({g, g * normed.xhat});
+      dx = g - normed.xhat * averages[1];
+      if (s.domain.centred) dx = dx - averages[0];
+    }
+    dx = (normed.invstd * dx).to(own);
+  }
+  const auto sum = [&](const Tensor& terms, at::ScalarType to) { return terms.sum(reduced_dims(x, dim)).to(to); };
+  if (s.mask[1]) dweight = sum(dy * normed.xhat, o.weight ? o.weight->scalar_type() : dtype);
+  if (s.mask[2]) dbias = sum(dy, s.bias_dtype.value_or(dtype));
+  return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
 }
 
 }  // namespace batchnorm_ext

@@ -43,11 +43,16 @@ Normalized apply(const Operands& o, const Spec& s) {
   return normalized(o.x);
 }
 
-Gradients backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats, bool,
-                   const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
-  require([&] { check_backward(dy, x, weight, stats, domain); });
-  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask, domain.parameter_dim);
-  return {mask[0] ? at::empty_like(x) : Tensor(), std::move(dweight), std::move(dbias)};
+ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+  require([&] { check_backward(o, s); });
+  auto [dweight, dbias] = empty_parameter_gradients(o.x, o.weight, s.bias_dtype, s.mask, s.domain.parameter_dim);
+  const auto like_x = [&](bool wanted) { return wanted ? at::empty_like(o.x) : Tensor(); };
+  return {like_x(s.mask[0] || o.residual), std::move(dweight), std::move(dbias), like_x(o.residual.has_value())};
+}
+
+Gradients backward(const GradOperands& o, const GradSpec& s) {
+  auto [dx, dweight, dbias, none] = activated_backward(o, s);
+  return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 Tensor moments(const Tensor& x) {
@@ -56,13 +61,13 @@ Tensor moments(const Tensor& x) {
 }
 
 Tensor grad_moments(const Tensor& dy, const Tensor& x, const Tensor& stats) {
-  require([&] { check_backward(dy, x, std::nullopt, stats); });
+  require([&] { check_backward({dy, x, kNone, kNone, kNone, stats}, {true, {}, {}}); });
   return empty_doubles(x, {x.sym_size(1) * 2});
 }
 
 Tensor grad_apply(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
                   const Tensor& grad_sums, const Tensor& count) {
-  require([&] { check_backward(dy, x, weight, stats); });
+  require([&] { check_backward({dy, x, weight, kNone, kNone, stats}, {true, {}, {}}); });
   check_sums(x, grad_sums, x.sym_size(1) * 2, "grad_sums");
   check_sums(x, count, 1, "count");
   return at::empty_like(x);
@@ -72,6 +77,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
+  register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

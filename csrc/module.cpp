@@ -6,6 +6,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,15 +58,19 @@ PyObject* output_of(const Call& call) {
 
 PyObject* batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a(values, count, 10);
+  const Arguments a(values, count, 12);
   const Tensor x = a.tensor(0);
   const OptionalTensor weight = a.optional(1), bias = a.optional(2), mean = a.optional(3), var = a.optional(4);
+  const OptionalTensor residual = a.optional(10);
+  const auto activation = a.value<std::string>(11);
   const batchnorm_ext::Spec spec{a.value<bool>(5),
                                  a.value<double>(6),
                                  false,
                                  std::nullopt,
-                                 {a.value<int64_t>(7), a.value<bool>(8), a.value<int64_t>(9)}};
-  return output_of([&] { return std::get<0>(call_forward({x, weight, bias, mean, var, kNone, kNone}, spec)); });
+                                 {a.value<int64_t>(7), a.value<bool>(8), a.value<int64_t>(9)},
+                                 activation};
+  return output_of(
+      [&] { return std::get<0>(call_forward({x, weight, bias, mean, var, kNone, kNone, residual}, spec)); });
   END_HANDLE_TH_ERRORS
 }
 

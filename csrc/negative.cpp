@@ -15,9 +15,10 @@ Normalized forward(const Operands& o, const Spec& s) {
   check_operands(o, s);  // of the views: what is resolved requires no gradient and lies elsewhere
   check_memory(o, s);
   const OptionalTensor weight = resolved(o.weight), bias = resolved(o.bias), sums = resolved(o.sums);
+  const OptionalTensor residual = resolved(o.residual);
   const OptionalTensor mean = resolved(o.running_mean), var = resolved(o.running_var);
   const OptionalTensor batches = resolved(o.num_batches_tracked);
-  Normalized result = call_forward({o.x.resolve_neg(), weight, bias, mean, var, batches, sums}, s);
+  Normalized result = call_forward({o.x.resolve_neg(), weight, bias, mean, var, batches, sums, residual}, s);
   if (!s.update) return result;
   for (const auto& [view, moved] : {std::pair{&o.running_mean, &mean}, std::pair{&o.running_var, &var},
                                     std::pair{&o.num_batches_tracked, &batches}})

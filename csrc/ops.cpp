@@ -10,10 +10,12 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // training:    mean = avg(x), invstd = 1 / sqrt(avg((x - mean)^2) + eps)
   // evaluation:  mean = running_mean, invstd = 1 / sqrt(running_var + eps)
   // y = (x - mean) * invstd * weight + bias,  stats = [mean, invstd] in float64, [2, C]
+  // with a residual and an activation (activation_table.h) y = activation(that + residual)
   // An empty batch has no statistics (NaN).
   m.def(
       "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
-      "float eps, int groups=0, bool centred=True, int parameter_dim=1) -> (Tensor y, Tensor stats)");
+      "float eps, int groups=0, bool centred=True, int parameter_dim=1, Tensor? residual=None, str activation=\"\") "
+      "-> (Tensor y, Tensor stats)");
 
   // batch_norm in training, which also moves the running statistics:
   //   running_mean <- (1 - f) * running_mean + f * mean
@@ -22,7 +24,8 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // with f = momentum, or 1 / num_batches_tracked if momentum is None. An empty batch moves nothing.
   m.def(
       "batch_norm_update(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int groups=0) -> (Tensor y, Tensor stats)");
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int groups=0, Tensor? residual=None, "
+      "str activation=\"\") -> (Tensor y, Tensor stats)");
 
   // xhat = (x - mean) * invstd,  dweight = sum(dy * xhat),  dbias = sum(dy)
   // training:    dx = invstd * (weight * dy - avg(weight * dy) - xhat * avg(weight * dy * xhat))
@@ -33,6 +36,14 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "batch_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, bool training, bool[3] output_mask, "
       "ScalarType? bias_dtype=None, int groups=0, bool centred=True, int parameter_dim=1) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // The same through an activation: dresidual = activation'(z) * dy takes the place of dy, z = y before the activation.
+  // `residual` is that of the forward; of relu, relu6, hardtanh and leaky_relu it is the output y, which tells the
+  // sign of z as well, and which a network keeps anyway. dx and dresidual are both computed where there is a residual.
+  m.def(
+      "batch_norm_activated_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor stats, bool training, bool[3] output_mask, ScalarType? bias_dtype, int groups, str activation) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
 
   // batch_norm(x.view(-1, numel of normalized_shape), ..., groups=1, centred): each row of the last dimensions has
   // statistics of its own, and each of its elements a weight and a bias.

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace batchnorm_ext {
@@ -34,50 +35,76 @@ struct Spec {
   bool update = false;                            // the running statistics move towards those of the batch
   std::optional<double> momentum = std::nullopt;  // by this share; none: to the average over all batches
   Domain domain = {};
+  std::string_view activation = {};  // a name of activation_table.h; empty: none
 };
 
 // What to normalize, and with what. References: a bundle lives as long as the call.
 struct Operands {
   const at::Tensor& x;
   const OptionalTensor &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
-  const OptionalTensor& sums;  // moments of several batches, to be used instead of those of x
+  const OptionalTensor& sums;      // moments of several batches, to be used instead of those of x
+  const OptionalTensor& residual;  // added before the activation
 };
 
 inline const OptionalTensor kNone = std::nullopt;
 
-using Normalized = std::tuple<at::Tensor, at::Tensor>;             // y, stats
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dx, dweight, dbias
-using Mask = std::array<bool, 3>;                                  // the gradients that are wanted
+using Normalized = std::tuple<at::Tensor, at::Tensor>;                                  // y, stats
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;                       // dx, dweight, dbias
+using ActivatedGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // and dresidual
+using Mask = std::array<bool, 3>;                                                       // the gradients that are wanted
 
 // Implements the operators that reduce and map at once by run(operands, spec).
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_forward(torch::Library& m) {
   m.impl("batch_norm", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                          double eps, int64_t groups, bool centred, int64_t parameter_dim) {
-    return run({x, weight, bias, running_mean, running_var, kNone, kNone},
-               {training, eps, false, std::nullopt, {groups, centred, parameter_dim}});
+                          double eps, int64_t groups, bool centred, int64_t parameter_dim,
+                          const OptionalTensor& residual, std::string_view activation) {
+    return run({x, weight, bias, running_mean, running_var, kNone, kNone, residual},
+               {training, eps, false, std::nullopt, {groups, centred, parameter_dim}, activation});
   });
-  m.impl("batch_norm_update",
-         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-            const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
-            std::optional<double> momentum, double eps, int64_t groups) {
-           const OptionalTensor mean = running_mean, var = running_var;
-           return run({x, weight, bias, mean, var, num_batches_tracked, kNone}, {true, eps, true, momentum, {groups}});
-         });
+  m.impl("batch_norm_update", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const at::Tensor& running_mean, const at::Tensor& running_var,
+                                 const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                                 int64_t groups, const OptionalTensor& residual, std::string_view activation) {
+    const OptionalTensor mean = running_mean, var = running_var;
+    return run({x, weight, bias, mean, var, num_batches_tracked, kNone, residual},
+               {true, eps, true, momentum, {groups}, activation});
+  });
 }
 
-using Backward = Gradients(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                           const at::Tensor& stats, bool training, const Mask& mask,
-                           std::optional<at::ScalarType> bias_dtype, const Domain& domain);
+// What to differentiate. `residual`: that of the forward, or its output (see batch_norm_activated_backward).
+struct GradOperands {
+  const at::Tensor &dy, &x;
+  const OptionalTensor &weight, &bias, &residual;
+  const at::Tensor& stats;
+};
 
-template <Backward* run>
+struct GradSpec {
+  bool training;
+  Mask mask;
+  std::optional<at::ScalarType> bias_dtype;
+  Domain domain = {};
+  std::string_view activation = {};  // a name of activation_table.h; empty: none
+};
+
+template <Gradients (*run)(const GradOperands&, const GradSpec&)>
 void register_backward(torch::Library& m) {
-  m.impl("batch_norm_backward",
-         [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight, const at::Tensor& stats,
-            bool training, Mask mask, std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred,
-            int64_t parameter_dim) {
-           return run(dy, x, weight, stats, training, mask, bias_dtype, {groups, centred, parameter_dim});
+  m.impl("batch_norm_backward", [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                                   const at::Tensor& stats, bool training, Mask mask,
+                                   std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred,
+                                   int64_t parameter_dim) {
+    return run({dy, x, weight, kNone, kNone, stats}, {training, mask, bias_dtype, {groups, centred, parameter_dim}});
+  });
+}
+
+template <ActivatedGradients (*run)(const GradOperands&, const GradSpec&)>
+void register_activated_backward(torch::Library& m) {
+  m.impl("batch_norm_activated_backward",
+         [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+            const OptionalTensor& residual, const at::Tensor& stats, bool training, Mask mask,
+            std::optional<at::ScalarType> bias_dtype, int64_t groups, std::string_view activation) {
+           return run({dy, x, weight, bias, residual, stats}, {training, mask, bias_dtype, {groups}, activation});
          });
 }
 
@@ -87,14 +114,14 @@ void register_apply(torch::Library& m) {
   m.impl("apply", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                      const at::Tensor& sums, double eps) {
     const OptionalTensor given = sums;
-    return run({x, weight, bias, kNone, kNone, kNone, given}, {true, eps});
+    return run({x, weight, bias, kNone, kNone, kNone, given, kNone}, {true, eps});
   });
   m.impl("apply_update",
          [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
             const at::Tensor& sums, std::optional<double> momentum, double eps) {
            const OptionalTensor mean = running_mean, var = running_var, given = sums;
-           return run({x, weight, bias, mean, var, num_batches_tracked, given}, {true, eps, true, momentum});
+           return run({x, weight, bias, mean, var, num_batches_tracked, given, kNone}, {true, eps, true, momentum});
          });
 }
 
@@ -125,14 +152,13 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
 // Calls the one of these four operators that the operands and the spec ask for.
 inline Normalized call_forward(const Operands& o, const Spec& s) {
   using at::Tensor;
-  static const auto batch_norm =
-      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, bool, double, int64_t, bool, int64_t)>(
-          "batchnorm_ext::batch_norm");
+  static const auto batch_norm = find_operator<Normalized(
+      const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, bool,
+      double, int64_t, bool, int64_t, const OptionalTensor&, std::string_view)>("batchnorm_ext::batch_norm");
   static const auto batch_norm_update =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                               const Tensor&, const OptionalTensor&, std::optional<double>, double, int64_t)>(
-          "batchnorm_ext::batch_norm_update");
+                               const Tensor&, const OptionalTensor&, std::optional<double>, double, int64_t,
+                               const OptionalTensor&, std::string_view)>("batchnorm_ext::batch_norm_update");
   static const auto apply =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>(
           "batchnorm_ext::apply");
@@ -146,19 +172,26 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
   if (o.sums) return apply.call(o.x, o.weight, o.bias, *o.sums, s.eps);
   if (s.update)
     return batch_norm_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked,
-                                  s.momentum, s.eps, s.domain.groups);
+                                  s.momentum, s.eps, s.domain.groups, o.residual, s.activation);
   return batch_norm.call(o.x, o.weight, o.bias, o.running_mean, o.running_var, s.training, s.eps, s.domain.groups,
-                         s.domain.centred, s.domain.parameter_dim);
+                         s.domain.centred, s.domain.parameter_dim, o.residual, s.activation);
 }
 
-inline Gradients call_backward(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                               const at::Tensor& stats, bool training, Mask mask,
-                               std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
-  static const auto op =
-      find_operator<Gradients(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&, bool,
-                              Mask, std::optional<at::ScalarType>, int64_t, bool, int64_t)>(
-          "batchnorm_ext::batch_norm_backward");
-  return op.call(dy, x, weight, stats, training, mask, bias_dtype, domain.groups, domain.centred, domain.parameter_dim);
+inline ActivatedGradients call_backward(const GradOperands& o, const GradSpec& s) {
+  using at::Tensor;
+  static const auto plain = find_operator<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                    bool, Mask, std::optional<at::ScalarType>, int64_t, bool, int64_t)>(
+      "batchnorm_ext::batch_norm_backward");
+  static const auto activated =
+      find_operator<ActivatedGradients(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                       const OptionalTensor&, const Tensor&, bool, Mask, std::optional<at::ScalarType>,
+                                       int64_t, std::string_view)>("batchnorm_ext::batch_norm_activated_backward");
+  if (!s.activation.empty())
+    return activated.call(o.dy, o.x, o.weight, o.bias, o.residual, o.stats, s.training, s.mask, s.bias_dtype,
+                          s.domain.groups, s.activation);
+  auto [dx, dweight, dbias] = plain.call(o.dy, o.x, o.weight, o.stats, s.training, s.mask, s.bias_dtype,
+                                         s.domain.groups, s.domain.centred, s.domain.parameter_dim);
+  return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
 }
 
 inline at::Tensor call_moments(const at::Tensor& x) {

@@ -27,8 +27,9 @@ FUNCTIONS = [
     *(batchnorm_ext.convert, batchnorm_ext.convert_sync_batchnorm, batchnorm_ext.revert),
     *(batchnorm_ext.show_config, functional.batch_norm, functional.instance_norm),
     *(functional.group_norm, functional.layer_norm, functional.rms_norm),
+    *(functional.batch_norm_act, functional.instance_norm_act, functional.group_norm_act),
     *(batchnorm_ext.update_population_stats, batchnorm_ext.as_affine, batchnorm_ext.weight_norm),
-    batchnorm_ext.fold,
+    *(batchnorm_ext.fold, batchnorm_ext.fuse, batchnorm_ext.fuse_graph),
     *(reference.batch_norm, reference.batch_norm_backward),
 ]
 

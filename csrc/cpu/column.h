@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <tuple>
@@ -80,31 +81,36 @@ class Column {
     sets.results(g.inner, channels, mean, m2);
   }
 
-  // `grad` takes the index of a row of the sample.
-  template <typename Grad = PlainGrad>
+  // `grad` takes the index of a row of the sample. `more`: what it takes beside dy and x.
+  template <typename Grad = PlainGrad, typename... More>
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
-                 Scratch& scratch, const Grad& grad = {}) const {
+                 Scratch& scratch, const Grad& grad = {}, const More*... more) const {
+    constexpr int K = Grad::kCoefficients;
     const Span s = span(block, chunk);
     const int64_t n = padded(s);
     const auto [lanes, spread, sums, dots] =
-        scratch.template arrays<LaneGradSums<A>, A, double, double>({n / L, spreads(s) ? n : 0, n, n});
+        scratch.template arrays<LaneGradSums<A, K>, A, double, double>({n / L, spreads(s) ? (1 + K) * n : 0, n, n});
     std::uninitialized_default_construct_n(lanes, n / L);
-    const A* centre = along_columns(mean, block, s, spread);
+    const A* along[1 + K];
+    for (int k = 0; k < 1 + K; ++k) along[k] = along_columns(per_cell(mean, grad, k), block, s, spread + k * n);
     const int64_t whole = s.columns / L, rest = s.columns % L;
-    for (int64_t j = 0; j < whole; ++j) lanes[j].reset(load_block<kVecs>(centre + j * L));
-    if (rest) lanes[whole].reset(load_block<kVecs>(centre + whole * L, rest));
+    for (int64_t j = 0; j < whole; ++j) lanes[j].reset([&](int k) { return load_block<kVecs>(along[k] + j * L); });
+    if (rest) lanes[whole].reset([&](int k) { return load_block<kVecs>(along[k] + whole * L, rest); });
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; r += kFirstTile, at += kFirstTile * stride()) {
       const int64_t tile = std::min(kFirstTile, s.rows - r);
+      const auto add = [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+        const int64_t here = at + j * L;
+        lanes[j].add(grad.from(first_row(chunk) + r), stride(), tile, some, dy + here, x + here, (more + here)...);
+      };
       for (int64_t j = 0; j < whole; ++j) {
-        const int64_t here = at + j * L, below = here + kFirstTile * stride();
+        const int64_t below = at + j * L + kFirstTile * stride();
         prefetch(dy + below);
         prefetch(x + below);
-        lanes[j].add(dy + here, x + here, stride(), tile, L, grad.from(first_row(chunk) + r));
+        (prefetch(more + below), ...);
+        add(j, L);
       }
-      if (rest)
-        lanes[whole].add(dy + at + whole * L, x + at + whole * L, stride(), tile, rest,
-                         grad.from(first_row(chunk) + r));
+      if (rest) add(whole, rest);
     }
     for (int64_t first = 0; first < s.columns; first += L) lanes[first / L].finish(sums + first, dots + first);
     const int64_t across = width(block) * g.inner;
@@ -121,9 +127,9 @@ class Column {
 
   // out = op(coefficients of each cell, parameters, in...) over one chunk, where the rows of a sample have parameters
   // of their own. Not folded.
-  template <bool kStream, typename Op, typename... In>
+  template <bool kStream, size_t kOutputs, typename Op, typename... In>
   void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
-                 int64_t, T* out, const In*... in) const {
+                 int64_t, const std::array<T*, kOutputs>& out, const In*... in) const {
     const Span s = span(block, chunk);
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride()) {
@@ -134,7 +140,7 @@ class Column {
         for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
         return op(cell, row, v...);
       };
-      transform<kStream>(out + at, s.columns, f, (in + at)...);
+      transform<kStream>(advanced(out, at), s.columns, f, (in + at)...);
     }
   }
 
@@ -146,9 +152,9 @@ class Column {
   }
 
   // out = op(coefficients of each cell, in...) over one chunk.
-  template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch, T* out,
-           const In*... in) const {
+  template <bool kStream, size_t kOutputs, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch& scratch,
+           const std::array<T*, kOutputs>& out, const In*... in) const {
     const Span s = span(block, chunk);
     const int64_t pitch = spreads(s) ? s.columns + L : 0;  // whole vectors are read from any column on
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
@@ -160,7 +166,8 @@ class Column {
       return op(at, v...);
     };
     int64_t at = s.offset;
-    for (int64_t r = 0; r < s.rows; ++r, at += stride()) transform<kStream>(out + at, s.columns, f, (in + at)...);
+    for (int64_t r = 0; r < s.rows; ++r, at += stride())
+      transform<kStream, kUnrolled<Op>>(advanced(out, at), s.columns, f, (in + at)...);
   }
 
  private:

@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "../geometry.h"
+#include "../layout.h"
 #include "../math.h"
 #include "across.h"
 #include "along.h"
@@ -22,12 +23,23 @@ namespace batchnorm_ext::cpu {
 
 inline bool is_rowwise(const Geometry& g) { return g.per_stat > 1 && g.cell_count() == 1; }
 
+// The geometry of x. Where parameters run along a statistic in memory, that is a row of channels.
+inline Geometry arranged(const at::Tensor& x, const Domain& domain) {
+  const Geometry g = geometry_of(x, domain);
+  return domain.parameter_dim == 2 && g.outer == 1 ? Geometry{1, g.inner, 1, g.cells(), g.inner} : g;
+}
+
+// Whether the elements of a statistic have parameters of their own.
+inline bool has_parameters_within(const Geometry& g, const Domain& domain) {
+  return domain.parameter_dim == 2 || is_rowwise(g);
+}
+
 // y = xhat * weight + bias, xhat = (x - centre) * scale + shift
 template <typename A>
 struct NormalizeRow {
   static constexpr int kCoefficients = 3, kParameters = 2;
-  Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A> (&p)[2], const Vec<A>& x) const {
-    return at::vec::fmadd(at::vec::fmadd(x - c[0], c[1], c[2]), p[0], p[1]);
+  Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A> (&p)[2], const Vec<A>& x) const {
+    return {at::vec::fmadd(at::vec::fmadd(x - c[0], c[1], c[2]), p[0], p[1])};
   }
 };
 
@@ -62,7 +74,7 @@ class ElementwiseForward {
       with_streaming<T>(g, [&](auto streaming) {
         const auto map = [&](int64_t block, int64_t chunk, Scratch&) {
           pattern.template map_along<streaming.value>(block, chunk, NormalizeRow<A>(), rows.view(), parameters.view(),
-                                                      g.channels / g.per_stat, y, x);
+                                                      g.channels / g.per_stat, std::array{y}, x);
         };
         reduce_moments(pattern, x, finish, map);
       });

@@ -41,7 +41,7 @@ Tensor moments(const Tensor& input) {
   };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
     with_pattern<scalar_t>(
-        geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, NoMap()); });
+        geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, kNoMap); });
   });
   return sums;
 }
@@ -71,7 +71,7 @@ Normalized apply(const Operands& o, const Spec& s) {
     CoefficientTable<A, 3> table(channels);
     set_normalize(table, 0, channels, mean, invstd, read_channels(o.weight, channels, 1).get(),
                   read_channels(o.bias, channels, 0).get(), count);
-    map_tensor(geometry_of(x), Normalize<A>(), table.view(), y.mutable_data_ptr<scalar_t>(),
+    map_tensor(geometry_of(x), Normalize<A>(), table.view(), std::array{y.mutable_data_ptr<scalar_t>()},
                x.const_data_ptr<scalar_t>());
   });
   if (count > 0) track(o, s, geometry_of(x), count, mean, var.get());
@@ -79,7 +79,7 @@ Normalized apply(const Operands& o, const Spec& s) {
 }
 
 Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  check_backward(grad, input, std::nullopt, stats);
+  check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
   const Tensor x = dense(input);
   const int64_t channels = x.size(1);
   const auto options = x.options().dtype(at::kDouble);
@@ -98,8 +98,8 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
     CoefficientTable<A, 1> centre(channels);
     for (int64_t c = 0; c < channels; ++c) centre.row(0)[c] = static_cast<A>(mean[c]);
     with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      reduce_grads(pattern, dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>(), centre.row(0), mean, invstd,
-                   finish, NoMap());
+      reduce_grads(pattern, PlainGrad(), Centres<A>{centre.row(0), mean, invstd}, finish, kNoMap,
+                   dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>());
     });
   });
   return sums;
@@ -107,7 +107,7 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
 
 Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
                   const Tensor& grad_sums, const Tensor& count) {
-  check_backward(grad, input, weight, stats);
+  check_backward({grad, input, weight, kNone, kNone, stats}, {true, {}, {}});
   const int64_t channels = input.size(1);
   check_sums(input, grad_sums, 2 * channels, "grad_sums");
   check_sums(input, count, 1, "count");
@@ -121,7 +121,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
     CoefficientTable<A, 5> table(channels);
     set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,
                        read_channels(weight, channels, 1).get());
-    map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), dx.mutable_data_ptr<scalar_t>(),
+    map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), std::array{dx.mutable_data_ptr<scalar_t>()},
                dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>());
   });
   return dx;

@@ -130,39 +130,63 @@ struct LaneMoments {
   }
 };
 
-// What enters the sums of a gradient: dy, or dy times a weight for each block.
+// What enters the sums of a gradient, grad(coefficients of the lanes, block, dy, x...): dy, or dy times a weight for
+// each block. Functors with coefficients have one of each for every cell, in `rows` (maps.h).
 struct PlainGrad {
+  static constexpr int kCoefficients = 0;
+
   PlainGrad from(int64_t) const { return {}; }
+  double at(int64_t, double dy, double) const { return dy; }  // of one element of a cell
   template <typename A>
-  Vec<A> operator()(int64_t, const Vec<A>& dy) const {
+  Vec<A> operator()(const Outputs<A, 0>&, int64_t, const Vec<A>& dy, const Vec<A>&) const {
     return dy;
   }
 };
 
 template <typename A>
 struct WeightedGrad {
+  static constexpr int kCoefficients = 0;
   const A* weight;
 
   WeightedGrad from(int64_t block) const { return {weight + block}; }
-  Vec<A> operator()(int64_t block, const Vec<A>& dy) const { return Vec<A>(weight[block]) * dy; }
+  Vec<A> operator()(const Outputs<A, 0>&, int64_t block, const Vec<A>& dy, const Vec<A>&) const {
+    return Vec<A>(weight[block]) * dy;
+  }
 };
 
-// sum(g) and sum(g * (x - mean)) of each lane, with g = grad(block, dy).
-template <typename A>
+// What the sums of a gradient need of each cell: the mean, k == 0, and the coefficients of grad.
+template <typename A, typename Grad>
+const A* per_cell(const A* mean, const Grad& grad, int k) {
+  if constexpr (Grad::kCoefficients > 0)
+    if (k > 0) return grad.rows[k - 1];
+  return mean;
+}
+
+// sum(g) and sum(g * (x - mean)) of each lane, with g = grad(...).
+template <typename A, int kCoefficients = 0>
 struct LaneGradSums {
   LaneArray<A> mean, s1, s2;
+  std::array<LaneArray<A>, kCoefficients> coefficients;
   double sum[kLanes<A>], dot[kLanes<A>];
   int64_t n;  // blocks in s1 and s2
   bool first_tile;
 
-  void reset(const Block<A>& centre) {
-    for (int q = 0; q < kVecs; ++q) mean.set(q, centre.v[q]);
+  // load(k): a block of what per_cell gives, for all lanes.
+  template <typename Load>
+  void reset(const Load& load) {
+    const auto set = [](LaneArray<A>& to, const Block<A>& from) {
+      for (int q = 0; q < kVecs; ++q) to.set(q, from.v[q]);
+    };
+    set(mean, load(0));
+    for (int k = 0; k < kCoefficients; ++k) set(coefficients[k], load(1 + k));
     first_tile = true;
     restart();
   }
 
-  template <typename T, typename Grad = PlainGrad>
-  void add(const T* dy, const T* x, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>, Grad grad = {}) {
+  // `more`: what grad takes beside dy and x.
+  template <typename T, typename Grad, typename... More>
+  void add(Grad grad, int64_t stride, int64_t blocks, int64_t lanes, const T* dy, const T* x, const More*... more) {
+    int64_t at = 0;
     while (blocks > 0) {
       if (n == kTile) {
         finish(sum, dot);
@@ -172,26 +196,31 @@ struct LaneGradSums {
       const int64_t tile = std::min(blocks, kTile - n);
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
+        Outputs<A, kCoefficients> c[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = mean[first + q];
           sums[q] = s1[first + q];
           dots[q] = s2[first + q];
+          for (int k = 0; k < kCoefficients; ++k) c[q][k] = coefficients[k][first + q];
         }
+        const auto take = [&](int64_t i, const auto& g, const auto& v, const auto&... w)
+                              __attribute__((always_inline)) {
+                                for (int q = 0; q < V; ++q) {
+                                  const Vec<A> entering = grad(c[q], i, g.v[q], v.v[q], w.v[q]...);
+                                  sums[q] = sums[q] + entering;
+                                  dots[q] = at::vec::fmadd(entering, v.v[q] - centre[q], dots[q]);
+                                }
+                              };
         for (int64_t i = 0; i < tile; ++i) {
-          const Block<A, V> g = load(dy + i * stride), v = load(x + i * stride);
-          for (int q = 0; q < V; ++q) {
-            const Vec<A> entering = grad(i, g.v[q]);
-            sums[q] = sums[q] + entering;
-            dots[q] = at::vec::fmadd(entering, v.v[q] - centre[q], dots[q]);
-          }
+          const int64_t here = at + i * stride;
+          take(i, load(dy + here), load(x + here), load(more + here)...);
         }
         for (int q = 0; q < V; ++q) {
           s1.set(first + q, sums[q]);
           s2.set(first + q, dots[q]);
         }
       });
-      dy += tile * stride;
-      x += tile * stride;
+      at += tile * stride;
       grad = grad.from(tile);
       n += tile;
       blocks -= tile;

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../math.h"
+#include "activate.h"
 #include "combine.h"
 #include "range.h"
 #include "vec.h"
@@ -32,15 +33,27 @@ class CoefficientTable {
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
-  Vec<A> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
+  Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return {OfInput<A>()(c, x)}; }
+};
+
+// y = activation(z), z of the same coefficients (activate.h)
+template <typename Z, typename Act, typename A>
+struct NormalizeActivate {
+  static constexpr int kCoefficients = 3;
+  static constexpr bool kCalls = Act::kCalls;
+  Z z;
+  Act act;
+  Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A>& x, const auto&... residual) const {
+    return {act.value(z(c, x, residual...))};
+  }
 };
 
 // dx = scale * (dy - (x - centre) * slope - offset)
 template <typename A>
 struct NormalizeGrad {
   static constexpr int kCoefficients = 4;
-  Vec<A> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
-    return c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]));
+  Outputs<A, 1> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
+    return {c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]))};
   }
 };
 
@@ -48,8 +61,8 @@ struct NormalizeGrad {
 template <typename A>
 struct GroupGrad {
   static constexpr int kCoefficients = 5;
-  Vec<A> operator()(const Vec<A> (&c)[5], const Vec<A>& dy, const Vec<A>& x) const {
-    return c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]));
+  Outputs<A, 1> operator()(const Vec<A> (&c)[5], const Vec<A>& dy, const Vec<A>& x) const {
+    return {c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]))};
   }
 };
 
@@ -57,17 +70,61 @@ struct GroupGrad {
 template <typename A>
 struct Scale {
   static constexpr int kCoefficients = 1;
-  Vec<A> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return c[0] * dy; }
+  Outputs<A, 1> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return {c[0] * dy}; }
+};
+
+// g = dy * activation'(z), for the sums. `more`: what z is of beside x.
+template <typename Z, typename Act, typename A>
+struct ActivatedGrad {
+  static constexpr int kCoefficients = Z::kCoefficients;
+  Z z;
+  Act act;
+  const A* const* rows;  // the coefficients of each cell
+
+  ActivatedGrad from(int64_t) const { return *this; }
+  Vec<A> operator()(const Outputs<A, kCoefficients>& c, int64_t, const Vec<A>& dy, const Vec<A>& x,
+                    const auto&... more) const {
+    return act.grad(dy, z(c.data(), x, more...));
+  }
+  double at(int64_t cell, double dy, double x, auto... more) const {
+    const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
+    Outputs<A, kCoefficients> c;
+    for (int k = 0; k < kCoefficients; ++k) c[k] = Vec<A>(rows[k][cell]);
+    A lanes[Vec<A>::size()];
+    (*this)(c, 0, all(dy), all(x), all(more)...).store(lanes);
+    return lanes[0];
+  }
+};
+
+// dx = scale * (weight * g - (x - centre) * slope - offset), the latter two in training only; and g itself, the
+// gradient of a residual. The last coefficients are those of z.
+template <typename Z, typename Act, typename A, size_t kOutputs>
+struct ActivatedNormalizeGrad {
+  static constexpr int kCoefficients = 5 + Z::kCoefficients;
+  static constexpr bool kCalls = Act::kCalls;
+  Z z;
+  Act act;
+  Vec<A> training;  // a mask
+
+  Outputs<A, kOutputs> operator()(const Vec<A> (&c)[kCoefficients], const Vec<A>& dy, const Vec<A>& x,
+                                  const auto&... more) const {
+    const Vec<A> g = act.grad(dy, z(c + 5, x, more...));
+    const Vec<A> dx = c[3] * at::vec::fmsub(c[4], g, training & at::vec::fmadd(x - c[0], c[1], c[2]));
+    if constexpr (kOutputs == 1)
+      return {dx};
+    else
+      return {dx, g};
+  }
 };
 
 // Sets the coefficients of cells [first, first + width). `count`: number of elements that mean and invstd were
 // computed from, if the elements to be mapped are among them; otherwise infinity. The rows are separate, so that the
-// compiler can vectorize over cells.
-template <typename A>
-void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, const double* mean,
+// compiler can vectorize over cells. `row` is the first of them.
+template <int row = 0, typename A, int kCount>
+void set_normalize(CoefficientTable<A, kCount>& table, int64_t first, int64_t width, const double* mean,
                    const double* invstd, const double* weight, const double* bias,
                    double count = std::numeric_limits<double>::infinity()) {
-  A *const centre = table.row(0), *const scale = table.row(1), *const shift = table.row(2);
+  A *const centre = table.row(row), *const scale = table.row(row + 1), *const shift = table.row(row + 2);
   const auto set = [=](int64_t c, double about) __attribute__((always_inline)) {
     const Affine<A> affine = make_affine<A>(about, mean[c], invstd[c], weight[c], bias[c]);
     centre[c] = affine.centre;
@@ -84,8 +141,8 @@ void set_normalize(CoefficientTable<A, 3>& table, int64_t first, int64_t width, 
 }
 
 // The same for NormalizeGrad. The sums begin at the first cell.
-template <typename A>
-void set_normalize_grad(CoefficientTable<A, 5>& table, int64_t first, int64_t width, const double* dbias,
+template <typename A, int kCount>
+void set_normalize_grad(CoefficientTable<A, kCount>& table, int64_t first, int64_t width, const double* dbias,
                         const double* dweight, double count, const double* mean, const double* invstd,
                         const double* weight) {
   A *const centre = table.row(0), *const slope = table.row(1), *const offset = table.row(2),
@@ -109,9 +166,9 @@ void set_normalize_grad(CoefficientTable<A, 5>& table, int64_t first, int64_t wi
 }
 
 // The same for GroupGrad: cells [first, first + width) are those of whole statistics of `per_stat` cells each.
-template <typename A>
-void set_group_grad(CoefficientTable<A, 5>& table, int64_t per_stat, int64_t first, int64_t width, const double* dbias,
-                    const double* dweight, double count, const double* mean, const double* invstd,
+template <typename A, int kCount>
+void set_group_grad(CoefficientTable<A, kCount>& table, int64_t per_stat, int64_t first, int64_t width,
+                    const double* dbias, const double* dweight, double count, const double* mean, const double* invstd,
                     const double* weight) {
   for (int64_t begin = 0; begin < width; begin += per_stat) {
     const auto at = [](const double* of) { return [=](int64_t i) { return of[i]; }; };

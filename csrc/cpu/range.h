@@ -31,13 +31,14 @@ template <typename T>
                                       [&](int64_t i) { return static_cast<double>(x[g.element_of(cell, i)]); });
 }
 
-template <typename T>
-[[gnu::noinline, gnu::cold]] GradSums resum_grads(const Geometry& g, const T* dy, const T* x, int64_t cell, double mean,
-                                                  double invstd) {
-  const auto values = [&](const T* from) {
-    return [=, &g](int64_t i) { return static_cast<double>(from[g.element_of(cell, i)]); };
-  };
-  return batchnorm_ext::resum_grads(g.cell_count(), mean, invstd, values(dy), values(x));
+template <typename T, typename Grad, typename... More>
+[[gnu::noinline, gnu::cold]] GradSums resum_grads(const Geometry& g, const Grad& grad, int64_t cell, double mean,
+                                                  double invstd, const T* dy, const T* x, const More*... more) {
+  const auto value = [&](const T* from, int64_t i) { return static_cast<double>(from[g.element_of(cell, i)]); };
+  return batchnorm_ext::resum_grads(
+      g.cell_count(), mean, invstd,
+      [&](int64_t i) { return grad.at(cell, value(dy, i), value(x, i), value(more, i)...); },
+      [&](int64_t i) { return value(x, i); });
 }
 
 // Squares of fp32 values overflow beyond 1e19 and underflow below 1e-19. Either leaves m2 infinite, NaN, negative or
@@ -73,15 +74,15 @@ void mend_spread(const Geometry& g, const T* x, int64_t first, int64_t width, do
   });
 }
 
-template <typename T, typename A>
-void mend_grads(const Geometry& g, const T* dy, const T* x, int64_t first, int64_t width, const double* mean,
-                const double* invstd, double* dbias, double* dweight) {
+template <typename T, typename A, typename Grad, typename... More>
+void mend_grads(const Geometry& g, const Grad& grad, int64_t first, int64_t width, const double* mean,
+                const double* invstd, double* dbias, double* dweight, const T* dy, const T* x, const More*... more) {
   const double n = static_cast<double>(g.cell_count());
   const auto lost = [&](int64_t i) {
     return grads_lost<A>({dbias[i], dweight[i]}, n, mean[first + i], invstd[first + i]);
   };
   mend_where(width, lost, [&](int64_t i) {
-    const GradSums again = resum_grads(g, dy, x, first + i, mean[first + i], invstd[first + i]);
+    const GradSums again = resum_grads(g, grad, first + i, mean[first + i], invstd[first + i], dy, x, more...);
     dbias[i] = again.dbias;
     dweight[i] = again.dweight;
   });

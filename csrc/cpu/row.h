@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <utility>
 
@@ -68,30 +69,30 @@ class Row {
       for (int64_t i = 0; i < cells; ++i) cell_moments(x + start(begin + i, s), s, mean + i, m2 + i);
   }
 
+  // See Column.
+  template <typename Grad = PlainGrad, typename... More>
   void grad_sums(const T* dy, const T* x, const A* mean, int64_t block, int64_t chunk, double* sum, double* dot,
-                 Scratch&) const {
+                 Scratch&, const Grad& grad = {}, const More*... more) const {
     const Span s = span(chunk);
     const int64_t cells = width(block), begin = first(block);
     const int64_t loads = (s.length + kPart - 1) / kPart * s.runs;
     const bool few = loads <= kTile;
     const auto take = [&]<int R>(int64_t i) {
-      int64_t starts[R];
-      for (int r = 0; r < R; ++r) starts[r] = start(begin + i + r, s);
-      few_grad_sums(dy, x, starts, mean + begin + i, s, sum + i, dot + i);
+      few_grad_sums<R>(grad, mean, begin + i, s, sum + i, dot + i, dy, x, more...);
     };
     if (few && loads * 2 <= kTile) return for_each_together<kGradsTogether>(cells, take);
     if (few) return for_each_together<1>(cells, take);  // longer ones in the order of memory
     for (int64_t i = 0; i < cells; ++i) {
       const int64_t at = start(begin + i, s);
-      cell_grad_sums(dy + at, x + at, mean[begin + i], s, sum + i, dot + i);
+      cell_grad_sums(grad, mean, begin + i, s, sum + i, dot + i, dy + at, x + at, (more + at)...);
     }
   }
 
   // out = op(coefficients of each cell, parameters, in...) over one chunk, where the elements of a run have parameters
   // of their own. They are those of `period` cells.
-  template <bool kStream, typename Op, typename... In>
+  template <bool kStream, size_t kOutputs, typename Op, typename... In>
   void map_along(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, const A* const* parameters,
-                 int64_t period, T* out, const In*... in) const {
+                 int64_t period, const std::array<T*, kOutputs>& out, const In*... in) const {
     const Span s = span(chunk);
     for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
       const int64_t at = start(c, s), along = c % period * g.inner + s.offset;
@@ -102,21 +103,22 @@ class Row {
         for (int i = 0; i < Op::kParameters; ++i) here[i] = Vec<A>::loadu(parameters[i] + along + j);
         return op(cell, here, v...);
       };
-      transform<kStream>(out + at, s.length, f, (in + at)...);
+      transform<kStream>(advanced(out, at), s.length, f, (in + at)...);
     }
   }
 
   // out = op(coefficients of each cell, in...) over one chunk.
-  template <bool kStream, typename Op, typename... In>
-  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch&, T* out,
-           const In*... in) const {
+  template <bool kStream, size_t kOutputs, typename Op, typename... In>
+  void map(int64_t block, int64_t chunk, const Op& op, const A* const* coefficients, Scratch&,
+           const std::array<T*, kOutputs>& out, const In*... in) const {
     const Span s = span(chunk);
     for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
       Vec<A> cell[Op::kCoefficients];
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
       const auto f = [&](int64_t, const auto&... v) { return op(cell, v...); };
       int64_t at = start(c, s);
-      for (int64_t r = 0; r < s.runs; ++r, at += stride()) transform<kStream>(out + at, s.length, f, (in + at)...);
+      for (int64_t r = 0; r < s.runs; ++r, at += stride())
+        transform<kStream, kUnrolled<Op>>(advanced(out, at), s.length, f, (in + at)...);
     }
   }
 
@@ -140,16 +142,21 @@ class Row {
     sets.results(1, 1, mean, m2);
   }
 
-  void cell_grad_sums(const T* dy, const T* x, A mean, const Span& s, double* sum, double* dot) const {
+  template <typename Grad, typename... In>
+  void cell_grad_sums(const Grad& grad, const A* mean, int64_t cell, const Span& s, double* sum, double* dot,
+                      const In*... in) const {
     const int64_t whole = s.length / L, rest = s.length % L;
-    Block<A> centre;
-    std::fill_n(centre.v, kVecs, Vec<A>(mean));
-    LaneGradSums<A> body, tail;
-    if (whole) body.reset(centre);
-    if (rest) tail.reset(centre);
+    const auto load = [&](int k) {
+      Block<A> everywhere;
+      std::fill_n(everywhere.v, kVecs, Vec<A>(per_cell(mean, grad, k)[cell]));
+      return everywhere;
+    };
+    LaneGradSums<A, Grad::kCoefficients> body, tail;
+    if (whole) body.reset(load);
+    if (rest) tail.reset(load);
     for_each_stretch(s, whole,
-                     [&](int64_t at, int64_t step, int64_t blocks) { body.add(dy + at, x + at, step, blocks); });
-    if (rest) tail.add(dy + whole * L, x + whole * L, stride(), s.runs, rest);
+                     [&](int64_t at, int64_t step, int64_t blocks) { body.add(grad, step, blocks, L, (in + at)...); });
+    if (rest) tail.add(grad, stride(), s.runs, rest, (in + whole * L)...);
     double sums[2 * L], dots[2 * L];
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);
@@ -207,24 +214,31 @@ class Row {
   }
 
   // The gradient sums of R cells in the same way.
-  template <int R>
-  void few_grad_sums(const T* dy, const T* x, const int64_t (&starts)[R], const A* mean, const Span& s, double* sum,
-                     double* dot) const {
-    constexpr int V = kParts<T>;
+  template <int R, typename Grad, typename... More>
+  void few_grad_sums(const Grad& grad, const A* mean, int64_t cell, const Span& s, double* sum, double* dot,
+                     const T* dy, const T* x, const More*... more) const {
+    constexpr int V = kParts<T>, K = Grad::kCoefficients;
+    int64_t starts[R];
     Vec<A> sums[R][V], dots[R][V], centre[R];
+    Outputs<A, K> c[R];
     for (int r = 0; r < R; ++r) {
-      centre[r] = Vec<A>(mean[r]);
+      starts[r] = start(cell + r, s);
+      centre[r] = Vec<A>(mean[cell + r]);
+      for (int k = 0; k < K; ++k) c[r][k] = Vec<A>(per_cell(mean, grad, 1 + k)[cell + r]);
       for (int q = 0; q < V; ++q) sums[r][q] = dots[r][q] = Vec<A>(0);
     }
     for (int64_t run = 0; run < s.runs; ++run)
       for_each_load(s.length, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
+        const auto take = [&](int r, const auto& g, const auto& v, const auto&... w) __attribute__((always_inline)) {
+          for (int q = 0; q < V; ++q) {
+            const Vec<A> entering = grad(c[r], 0, g.v[q], v.v[q], w.v[q]...);
+            sums[r][q] = sums[r][q] + entering;
+            dots[r][q] = at::vec::fmadd(entering, v.v[q] - centre[r], dots[r][q]);
+          }
+        };
         for (int r = 0; r < R; ++r) {
           const int64_t at = starts[r] + run * stride() + i;
-          const Block<A, V> grad = load(dy + at), v = load(x + at);
-          for (int q = 0; q < V; ++q) {
-            sums[r][q] = sums[r][q] + grad.v[q];
-            dots[r][q] = at::vec::fmadd(grad.v[q], v.v[q] - centre[r], dots[r][q]);
-          }
+          take(r, load(dy + at), load(x + at), load(more + at)...);
         }
       });
     for (int r = 0; r < R; ++r) {

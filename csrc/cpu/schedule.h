@@ -5,12 +5,13 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/util/FunctionRef.h>
 
 #include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <type_traits>
 
 #include "scratch.h"
 #include "vec.h"
@@ -55,19 +56,23 @@ struct Schedule {
   }
 };
 
-// A map that leaves the reduction alone.
-struct NoMap {
-  void operator()(int64_t, int64_t, Scratch&) const {}
-};
-
+// The steps of a pass. They are called once for each chunk, so that a pass is compiled once for all of them.
+//
 // reduce(block, chunk, a, b, scratch)  writes two numbers per cell of the block
 // merge(n, n2, width, a, b, a2, b2)    merges into the totals of n elements per cell those of the next n2
 // finish(first, width, a, b)           takes the totals of cells [first, first + width), all those of some statistics,
 //                                      and may overwrite them
 // map(block, chunk, scratch)           may use what finish left
-template <typename Pattern, typename Reduce, typename Merge, typename Finish, typename Map>
-void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Reduce& reduce, const Merge& merge,
-                     const Finish& finish, const Map& map) {
+using Reduce = c10::function_ref<void(int64_t, int64_t, double*, double*, Scratch&)>;
+using Merge = c10::function_ref<void(double, double, int64_t, double*, double*, const double*, const double*)>;
+using Finish = c10::function_ref<void(int64_t, int64_t, double*, double*)>;
+using Map = c10::function_ref<void(int64_t, int64_t, Scratch&)>;
+
+constexpr std::nullptr_t kNoMap = nullptr;
+
+template <typename Pattern>
+void reduce_then_map(const Pattern& pattern, const Schedule& schedule, Reduce reduce, Merge merge, Finish finish,
+                     Map map) {
   const auto [blocks, chunks, cells, per_stat, grain, whole_blocks] = schedule;
   if (whole_blocks) {
     parallel(blocks, std::max<int64_t>(1, grain / chunks), [&](int64_t begin, int64_t end) {
@@ -84,7 +89,8 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
           merge(n, pattern.count(chunk), width, a, b, a2, b2);
         }
         finish(pattern.first(block), width, a, b);
-        for (int64_t chunk = chunks; chunk-- > 0;) map(block, chunk, scratch);  // backwards: the end is in the cache
+        // backwards: the end is in the cache
+        for (int64_t chunk = map ? chunks : 0; chunk-- > 0;) map(block, chunk, scratch);
       }
     });
     return;
@@ -110,7 +116,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
     }
     finish(begin, end - begin, a, a + cells);
   });
-  if constexpr (!std::is_same_v<Map, NoMap>)
+  if (map)
     parallel(blocks * chunks, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t task = end; task-- > begin;) map(task / chunks, task % chunks, scratch);
@@ -118,8 +124,7 @@ void reduce_then_map(const Pattern& pattern, const Schedule& schedule, const Red
 }
 
 // Every chunk on its own, for maps that need no reduction: in the order of memory, as far as the pattern can.
-template <typename Map>
-void map_all(const Schedule& schedule, const Map& map) {
+inline void map_all(const Schedule& schedule, Map map) {
   parallel(schedule.blocks * schedule.chunks, schedule.grain, [&](int64_t begin, int64_t end) {
     Scratch scratch;
     for (int64_t task = begin; task < end; ++task) map(task % schedule.blocks, task / schedule.blocks, scratch);

@@ -6,6 +6,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
@@ -160,29 +161,52 @@ inline void store_block(T* p, const Block<Acc<T>, V>& block) {
   });
 }
 
-// out[i] = f(i, in[i]...) for i in [0, n). `f` takes the index of a vector's first lane and one vector of each input.
-template <bool kStream, typename T, typename F, typename... In>
-inline void transform(T* out, int64_t n, const F& f, const In*... in) {
+// What a map writes: a vector for each of so many tensors.
+template <typename A, size_t kOutputs>
+using Outputs = std::array<Vec<A>, kOutputs>;
+
+// Each pointer, so many elements on.
+template <typename T, size_t kOutputs>
+std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
+  for (T*& p : out) p += by;
+  return out;
+}
+
+// How many vectors at once a map is computed for.
+template <typename Op>
+constexpr int kUnrolled = requires { requires Op::kCalls; } ? 1 : kVecs;
+
+// out[k][i] = f(i, in[i]...)[k] for i in [0, n). `f` takes the index of a vector's first lane and one vector of each
+// input. Outputs that are streamed are all as far from the start of a vector. Nothing is unrolled for an `f` that calls
+// a function.
+template <bool kStream, int kAtOnce = kVecs, typename T, size_t kOutputs, typename F, typename... In>
+inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const F& f, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
   const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) {
-    Block<A, V> y;
-    for (int q = 0; q < V; ++q) y.v[q] = f(i + q * Vec<A>::size(), x.v[q], more.v[q]...);
+    std::array<Block<A, V>, kOutputs> y;
+    for (int q = 0; q < V; ++q) {
+      const Outputs<A, kOutputs> values = f(i + q * Vec<A>::size(), x.v[q], more.v[q]...);
+      for (size_t k = 0; k < kOutputs; ++k) y[k].v[q] = values[k];
+    }
     return y;
   };
   const auto step = [&]<int V, bool kThisStream>(int64_t i) {
-    store_block<kThisStream>(out + i, apply(i, load_block<V>(in + i)...));
+    const auto y = apply(i, load_block<V>(in + i)...);
+    for (size_t k = 0; k < kOutputs; ++k) store_block<kThisStream>(out[k] + i, y[k]);
   };
   const auto partial = [&](int64_t i, int64_t count) {
-    const Block<A, kParts<T>> y = apply(i, load_block<kParts<T>>(in + i, count)...);
-    narrow<T>(y, [&](const Vec<T>& part, int64_t) { part.store(out + i, count); });
+    const auto y = apply(i, load_block<kParts<T>>(in + i, count)...);
+    for (size_t k = 0; k < kOutputs; ++k)
+      narrow<T>(y[k], [&](const Vec<T>& part, int64_t) { part.store(out[k] + i, count); });
   };
   int64_t i = 0;
   if constexpr (kStream) {
-    i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out) & (width * sizeof(T) - 1)) / sizeof(T));
+    i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  for (; i + L <= n; i += L) step.template operator()<kVecs, kStream>(i);
+  if constexpr (kAtOnce == kVecs)
+    for (; i + L <= n; i += L) step.template operator()<kVecs, kStream>(i);
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
   if (i == n) return;
   if (kStream || n < width)

@@ -24,10 +24,17 @@ namespace {
 
 using c10::cuda::CUDAGuard;
 
-// Only what the kernels have: deviations from a mean.
+// Only what the kernels have: deviations from a mean, and nothing after the affine map.
 void check_centred(const Domain& domain) {
   refusing(
       [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
+}
+
+void check_plain(const OptionalTensor& residual, std::string_view activation) {
+  refusing([&] {
+    TORCH_CHECK_NOT_IMPLEMENTED(!residual && activation.empty(),
+                                "batch_norm: expected neither residual nor activation on CUDA");
+  });
 }
 
 // What the forwards share: [y, stats] from the batch itself, from running statistics or from sums.
@@ -64,6 +71,7 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_centred(s.domain);
+  check_plain(o.residual, s.activation);
   check_forward(o, s);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
@@ -115,10 +123,11 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
   });
 }
 
-Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                   bool training, const Mask& mask, std::optional<at::ScalarType> bias_dtype, const Domain& domain) {
+Gradients backward(const GradOperands& o, const GradSpec& s) {
+  const auto& [grad, input, weight, bias, residual, stats] = o;
+  const auto& [training, mask, bias_dtype, domain, activation] = s;
   check_centred(domain);
-  check_backward(grad, input, weight, stats, domain);
+  check_backward(o, s);
   const CUDAGuard guard(input.device());
   if (domain.parameter_dim == 2 && input.numel() > 0)
     return backward_across(grad, input, weight, stats, mask, bias_dtype);
@@ -147,8 +156,14 @@ Gradients backward(const Tensor& grad, const Tensor& input, const OptionalTensor
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+  check_plain(o.residual, s.activation);
+  auto [dx, dweight, dbias] = backward(o, s);
+  return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+}
+
 Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  check_backward(grad, input, std::nullopt, stats);
+  check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
   const CUDAGuard guard(input.device());
   const int64_t size = 2 * input.size(1);
   if (input.numel() == 0) return at::zeros({size}, input.options().dtype(at::kDouble));
@@ -165,7 +180,7 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
 
 Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
                   const Tensor& grad_sums, const Tensor& count) {
-  check_backward(grad, input, weight, stats);
+  check_backward({grad, input, weight, kNone, kNone, stats}, {true, {}, {}});
   check_sums(input, grad_sums, 2 * input.size(1), "grad_sums");
   check_sums(input, count, 1, "count");
   const CUDAGuard guard(input.device());
@@ -187,6 +202,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_forward<forward>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
+  register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
   m.impl("grad_moments", grad_moments);
   m.impl("grad_apply", grad_apply);

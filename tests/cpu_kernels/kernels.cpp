@@ -5,6 +5,7 @@
 //
 // Exit code 0, or 1 and what is off. Compiled for one type of elements, BATCHNORM_EXT_ELEMENT.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -23,7 +24,8 @@ namespace {
 using namespace batchnorm_ext;
 using namespace batchnorm_ext::cpu;
 using Element = BATCHNORM_EXT_ELEMENT;
-using Map = std::function<void(int64_t block, int64_t chunk, Scratch& scratch)>;  // shorter stack traces than a lambda
+using Mapped =
+    std::function<void(int64_t block, int64_t chunk, Scratch& scratch)>;  // shorter stack traces than a lambda
 
 // [outer, channels, inner], and batch
 constexpr Geometry kShapes[] = {
@@ -112,14 +114,14 @@ class Test {
   Results<T> fused() {
     Results<T> results(g_);
     with_pattern<T>(g_, [&](const auto& pattern) {
-      const Map normalize = [&](int64_t block, int64_t chunk, Scratch& scratch) {
-        pattern.template map<kStream>(block, chunk, Normalize<A>(), table_.view(), scratch, results.y.data(),
-                                      p_.x.data());
+      const Mapped normalize = [&](int64_t block, int64_t chunk, Scratch& scratch) {
+        pattern.template map<kStream>(block, chunk, Normalize<A>(), table_.view(), scratch,
+                                      std::array{results.y.data()}, p_.x.data());
       };
       reduce_forward(pattern, results, normalize);
-      const Map grad = [&](int64_t block, int64_t chunk, Scratch& scratch) {
-        pattern.template map<kStream>(block, chunk, NormalizeGrad<A>(), grad_table_.view(), scratch, results.dx.data(),
-                                      p_.dy.data(), p_.x.data());
+      const Mapped grad = [&](int64_t block, int64_t chunk, Scratch& scratch) {
+        pattern.template map<kStream>(block, chunk, NormalizeGrad<A>(), grad_table_.view(), scratch,
+                                      std::array{results.dx.data()}, p_.dy.data(), p_.x.data());
       };
       reduce_backward(pattern, results, grad);
     });
@@ -130,15 +132,15 @@ class Test {
   Results<T> halves() {
     Results<T> results(g_);
     with_pattern<T>(g_, [&](const auto& pattern) {
-      reduce_forward(pattern, results, NoMap());
-      reduce_backward(pattern, results, NoMap());
+      reduce_forward(pattern, results, kNoMap);
+      reduce_backward(pattern, results, kNoMap);
     });
-    map_tensor(g_, Normalize<A>(), table_.view(), results.y.data(), p_.x.data());
-    map_tensor(g_, NormalizeGrad<A>(), grad_table_.view(), results.dx.data(), p_.dy.data(), p_.x.data());
+    map_tensor(g_, Normalize<A>(), table_.view(), std::array{results.y.data()}, p_.x.data());
+    map_tensor(g_, NormalizeGrad<A>(), grad_table_.view(), std::array{results.dx.data()}, p_.dy.data(), p_.x.data());
     return results;
   }
 
-  void reduce_forward(const auto& pattern, const Results<T>& results, const auto& map) {
+  void reduce_forward(const auto& pattern, const Results<T>& results, const Map& map) {
     const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
       std::copy_n(mean, width, &results.mean[first]);
       std::copy_n(m2, width, &results.m2[first]);
@@ -150,20 +152,21 @@ class Test {
     reduce_moments(pattern, p_.x.data(), finish, map);
   }
 
-  void reduce_backward(const auto& pattern, const Results<T>& results, const auto& map) {
+  void reduce_backward(const auto& pattern, const Results<T>& results, const Map& map) {
     const auto finish = [&](int64_t first, int64_t width, const double* dbias, const double* dweight) {
       std::copy_n(dbias, width, &results.dbias[first]);
       std::copy_n(dweight, width, &results.dweight[first]);
       set_normalize_grad(grad_table_, first, width, dbias, dweight, static_cast<double>(g_.count()), p_.mean.data(),
                          p_.invstd.data(), p_.weight.data());
     };
-    reduce_grads(pattern, p_.dy.data(), p_.x.data(), grad_table_.row(0), p_.mean.data(), p_.invstd.data(), finish, map);
+    reduce_grads(pattern, PlainGrad(), Centres<A>{grad_table_.row(0), p_.mean.data(), p_.invstd.data()}, finish, map,
+                 p_.dy.data(), p_.x.data());
   }
 
   // What the evaluation's gradient does, with the scales that the gradient's table has.
   void check_scale() {
     const Buffer<T> dx(g_.numel(), 1);
-    map_tensor(g_, Scale<A>(), grad_table_.view() + 3, dx.data(), p_.dy.data());
+    map_tensor(g_, Scale<A>(), grad_table_.view() + 3, std::array{dx.data()}, p_.dy.data());
     for (int64_t i = 0; i < g_.numel(); ++i)
       checks_.template rounded<T>("scaled", i, dx[i], Exact(grad_table_.row(3)[p_.cell_of(i)]) * Exact(p_.dy[i]),
                                   kUnit * std::fabs(Exact(dx[i])));

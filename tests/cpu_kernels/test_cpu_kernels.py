@@ -74,8 +74,8 @@ EDITS = [
     (
         "partial store is whole",
         "vec.h",
-        "part.store(out + i, count); }",
-        "part.store(out + i); }",
+        "part.store(out[k] + i, count);",
+        "part.store(out[k] + i);",
         MEMORY,
     ),
     (

@@ -1,0 +1,127 @@
+"""What a forward does beside calling modules and functions of its input."""
+
+import dis
+import sys
+from collections.abc import Callable
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+
+from torch import nn
+
+_MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing")
+_OURS = ("torch", "batchnorm_ext")
+# what a forward may call of torch that is no function of tensors
+_ENTRIES = ("torch.fx", "torch.nn.functional", "torch.nn.modules", "torch._jit_internal")
+_ENTRIES += ("torch.functional", "torch._tensor", "torch.jit", "torch.overrides", "batchnorm_ext")
+_BUILTINS = ("builtins", "math", "_operator", "_functools", "itertools", "_collections")
+_REFUSED = ("print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "setattr")
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+_CONTAINERS = (list, dict, tuple, str, set, frozenset, int, float, bool, type(None), type)
+
+
+class Watch:
+    """Collects why the graph of a forward that is traced would not be all that it does."""
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = getattr(forward, "__code__", None)
+        self.reasons: list[str] = []
+        self.checked: set[CodeType] = set()
+
+    def __enter__(self) -> "Watch":
+        self.before = sys.getprofile()
+        sys.setprofile(self._look)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self.before)
+
+    def _look(self, frame: FrameType, event: str, argument: object) -> None:
+        if event == "c_call" and self._is_of_forward(frame):
+            self.reasons += _builtin_refusal(argument)
+        elif event == "call":
+            if self._is_of_forward(frame):
+                if frame.f_code not in self.checked:
+                    self.checked.add(frame.f_code)
+                    self.reasons += _globals_refusal(frame)
+            elif frame.f_back is not None and self._is_of_forward(frame.f_back):
+                self.reasons += _entry_refusal(frame)
+
+    def _is_of_forward(self, frame: FrameType | None) -> bool:
+        """Whether it is the forward or called by it, and not by what torch does for it."""
+        if frame is None or is_torch(_home(frame)):
+            return False
+        while frame is not None and not is_torch(_home(frame)):
+            if frame.f_code is self.forward:
+                return True
+            frame = frame.f_back
+        if frame is None:
+            return False
+        # a property, or the like
+        getter = frame.f_code.co_name in ("__getattribute__", "__getattr__")
+        return getter and _home(frame) == "batchnorm_ext._trace"
+
+
+def is_torch(module: str) -> bool:
+    return module.partition(".")[0] in _OURS
+
+
+def _home(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
+def _entry_refusal(frame: FrameType) -> list[str]:
+    home, name = _home(frame), frame.f_code.co_name
+    if home.startswith(_ENTRIES) or (home == "torch" and name in ("_assert", "is_tensor")):
+        return []
+    return [f"it calls {name} of {home}"]
+
+
+def _builtin_refusal(function: BuiltinFunctionType) -> list[str]:
+    home, name = getattr(function, "__module__", None), getattr(function, "__name__", "")
+    owner = getattr(function, "__self__", None)
+    if home is None and not isinstance(owner, ModuleType):
+        torch_class = is_torch(type(owner).__module__)
+        fine = type(owner) in _CONTAINERS or torch_class or owner is None
+    elif is_torch(str(home)):
+        fine = not ("enabled" in name or name.startswith(("get_", "set_", "_get", "_set")))
+    else:
+        fine = home in _BUILTINS and name not in _REFUSED
+    return [] if fine else [f"it calls {name} of {home or type(owner).__qualname__}"]
+
+
+def _globals_refusal(frame: FrameType) -> list[str]:
+    code = frame.f_code
+    names = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    values = {name: frame.f_globals[name] for name in names if name in frame.f_globals}
+    if code.co_freevars:
+        own = frame.f_back.f_code  # a comprehension, or the like, uses what its caller has made
+        local = {*own.co_cellvars, *own.co_freevars}
+        names = [name for name in code.co_freevars if name not in local]
+        values |= {name: frame.f_locals.get(name) for name in names}
+    reasons = [
+        f"it uses the global {name}" for name, value in values.items() if not _is_code(value)
+    ]
+    return reasons + ["it uses torch.backends"] * ("backends" in code.co_names)
+
+
+def _is_code(value: object) -> bool:
+    """Whether nothing about it changes: no object with attributes, nor a class of a program."""
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] in (*_MODULES, "batchnorm_ext")
+    if isinstance(value, type):
+        return issubclass(value, (nn.Module, BaseException)) or is_torch(value.__module__)
+    home = type(value).__module__
+    return (
+        value is None or isinstance(value, _FUNCTIONS) or home in ("typing", "types", "torch._ops")
+    )

@@ -1,0 +1,119 @@
+"""Normalization, the addition of a residual and an activation as one layer."""
+
+from torch import Tensor, nn
+
+from batchnorm_ext import functional
+from batchnorm_ext._act import check_residual, then
+from batchnorm_ext._activations import activation_name
+from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
+from batchnorm_ext._layer import own
+from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
+
+__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "GroupNormAct"]
+
+
+class _Activated:
+    """Precedes a normalization in the list of bases; ``activation`` is a name."""
+
+    activation: str
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        # without a residual hooks and traced graphs see one argument, as of the normalization
+        more = () if residual is None else (residual,)
+        return self._forward_or_leave(input, *more)
+
+    def _torch_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return then(super()._torch_forward(input), residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation or 'identity'}"
+
+
+class _BatchNormAct(_Activated):
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | nn.Module | type[nn.Module] = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        options = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, *options, **kwargs)
+        self.activation = activation_name(activation)
+
+    def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_residual(input, residual)
+        return super()._fused_forward(input, residual, self.activation)
+
+
+@documented("(N, C) or (N, C, L)", BATCH_ACT)
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    """A :class:`BatchNorm1d`, the addition of a residual and an activation in one pass.
+
+    Example::
+
+        >>> norm = batchnorm_ext.BatchNormAct1d(64, "gelu")
+        >>> norm(torch.randn(32, 64)).shape
+        torch.Size([32, 64])
+    """
+
+
+@documented("(N, C, H, W)", BATCH_ACT)
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    """A :class:`BatchNorm2d`, the addition of a residual and an activation in one pass.
+
+    Example::
+
+        >>> norm = batchnorm_ext.BatchNormAct2d(64, "relu")
+        >>> x, shortcut = torch.randn(2, 8, 64, 56, 56)
+        >>> norm(x, shortcut).min()
+        tensor(0., grad_fn=<MinBackward1>)
+    """
+
+
+@documented("(N, C, D, H, W)", BATCH_ACT)
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    """A :class:`BatchNorm3d`, the addition of a residual and an activation in one pass.
+
+    Example::
+
+        >>> norm = batchnorm_ext.BatchNormAct3d(16, "leaky_relu(0.1)")
+        >>> norm(torch.randn(2, 16, 8, 32, 32)).shape
+        torch.Size([2, 16, 8, 32, 32])
+    """
+
+
+@documented("(N, C, *)", GROUP_ACT)
+class GroupNormAct(_Activated, GroupNorm):
+    """A :class:`GroupNorm`, the addition of a residual and an activation in one pass.
+
+    Example::
+
+        >>> norm = batchnorm_ext.GroupNormAct(4, 16, "silu")
+        >>> norm(torch.randn(2, 16, 32, 32)).shape
+        torch.Size([2, 16, 32, 32])
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        activation: str | nn.Module | type[nn.Module] = "relu",
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
+        self.activation = activation_name(activation)
+
+    def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
+        options = (self.eps, self.activation, residual)
+        return functional.group_norm_act(input, self.num_groups, weight, bias, *options)

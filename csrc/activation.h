@@ -1,0 +1,218 @@
+// Activations: names, values y(z) and derivatives y'(z), written once for host and device, scalars and vectors.
+//
+// A new activation is a row of kActivations and, unless it is piecewise linear, a struct of its two functions and a
+// line of with_curve().
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "host_device.h"
+
+namespace batchnorm_ext {
+
+// The shape of an activation. All that are linear between two bounds, with another slope below zero, are one.
+enum class Curve : int32_t {
+  kNone,
+  kPiecewise,
+  kElu,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kHardswish,
+  kHardsigmoid,
+  kMish,
+  kSigmoid,
+  kTanh
+};
+
+// Piecewise: z, or slope * z below zero, kept between low and high; NaN is no bound. Elu: alpha is `slope`.
+struct Activation {
+  Curve curve = Curve::kNone;
+  double slope = 1, low = std::numeric_limits<double>::quiet_NaN(), high = low;
+};
+
+// No activation is as well.
+inline bool is_piecewise_linear(const Activation& a) { return a.curve == Curve::kNone || a.curve == Curve::kPiecewise; }
+
+// Functions of numbers; vectors have functions of their own (cpu/activate.h).
+template <typename A>
+struct ScalarMath {
+  using V = A;
+  BATCHNORM_EXT_HD static V select(bool which, V a, V b) { return which ? a : b; }
+  BATCHNORM_EXT_HD static V exp(V z) { return std::exp(z); }
+  BATCHNORM_EXT_HD static V expm1(V z) { return std::expm1(z); }
+  BATCHNORM_EXT_HD static V tanh(V z) { return std::tanh(z); }
+  BATCHNORM_EXT_HD static V erf(V z) { return std::erf(z); }
+};
+
+// `z` where it is a number, cut at the bounds as PyTorch's comparisons do it: NaN and what equals no bound pass.
+template <typename M>
+struct Piecewise {
+  using V = typename M::V;
+  V slope, low, high;
+
+  BATCHNORM_EXT_HD V value(const V& z) const {
+    const V line = M::select(z > V(0), z, slope * z);
+    return M::select(z <= low, low, M::select(z >= high, high, line));
+  }
+  // dy * y'(z): exactly 0 where z is cut, whatever dy is.
+  BATCHNORM_EXT_HD V grad(const V& dy, const V& z) const {
+    const V line = M::select(z > V(0), dy, slope * dy);
+    return M::select(z <= low, V(0), M::select(z >= high, V(0), line));
+  }
+};
+
+template <typename M>
+BATCHNORM_EXT_HD typename M::V sigmoid_of(const typename M::V& z) {
+  using V = typename M::V;
+  return V(1) / (V(1) + M::exp(V(0) - z));
+}
+
+// The smooth ones, which grad(dy, z) gives dy * y'(z) of. `alpha` is read by Elu alone.
+struct Elu {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V& alpha) {
+    return M::select(z > V(0), z, alpha * M::expm1(z));
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V& alpha) {
+    return M::select(z > V(0), dy, dy * (alpha * M::exp(z)));
+  }
+};
+
+struct Silu {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return z / (V(1) + M::exp(V(0) - z));
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V s = sigmoid_of<M>(z);
+    return dy * (s * (V(1) + z * (V(1) - s)));
+  }
+};
+
+// Hendrycks & Gimpel 2016, "Gaussian error linear units", eq. 1; its approximation is GeluTanh.
+struct Gelu {
+  static constexpr double kRootHalf = 0.70710678118654752, kDensity = 0.39894228040143268;  // 1/sqrt(2), 1/sqrt(2 pi)
+
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return z * V(0.5) * (V(1) + M::erf(z * V(kRootHalf)));
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V below = V(0.5) * (V(1) + M::erf(z * V(kRootHalf)));
+    return dy * (below + z * (V(kDensity) * M::exp(V(-0.5) * z * z)));
+  }
+};
+
+struct GeluTanh {
+  static constexpr double kScale = 0.79788456080286536, kCubic = 0.044715;  // sqrt(2 / pi)
+
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return V(0.5) * z * (V(1) + M::tanh(V(kScale) * (z + V(kCubic) * z * z * z)));
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V t = M::tanh(V(kScale) * (z + V(kCubic) * z * z * z));
+    const V inner = V(kScale) * (V(1) + V(3 * kCubic) * z * z);
+    return dy * (V(0.5) * (V(1) + t) + V(0.5) * z * (V(1) - t * t) * inner);
+  }
+};
+
+struct Hardsigmoid {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    const V line = z + V(3);
+    return M::select(line <= V(0), V(0), M::select(line >= V(6), V(6), line)) / V(6);
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    return M::select(z <= V(-3), V(0), M::select(z >= V(3), V(0), dy / V(6)));
+  }
+};
+
+struct Hardswish {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V& none) {
+    return z * Hardsigmoid::value<M>(z, none);
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    return M::select(z <= V(-3), V(0), M::select(z >= V(3), dy, dy * (z / V(3) + V(0.5))));
+  }
+};
+
+// z * tanh(log(1 + e)) with e = exp(z) (Misra 2019, "Mish"), where tanh(log(1 + e)) = n / (n + 2), n = e * (e + 2):
+// one exponential. From 20 on it is 1.
+struct Mish {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V gate(const V& z) {
+    const V e = M::exp(M::select(z < V(20), z, V(20))), n = e * (e + V(2));
+    return n / (n + V(2));
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return z * gate<M>(z);
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V g = gate<M>(z);
+    return dy * (g + z * sigmoid_of<M>(z) * (V(1) - g * g));
+  }
+};
+
+struct Sigmoid {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return sigmoid_of<M>(z);
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V s = sigmoid_of<M>(z);
+    return dy * (s * (V(1) - s));
+  }
+};
+
+struct Tanh {
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V value(const V& z, const V&) {
+    return M::tanh(z);
+  }
+  template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
+    const V t = M::tanh(z);
+    return dy * (V(1) - t * t);
+  }
+};
+
+// f(struct of the two functions) for a smooth curve.
+template <typename F>
+BATCHNORM_EXT_HD auto with_curve(Curve curve, const F& f) {
+  switch (curve) {
+    case Curve::kElu:
+      return f(Elu());
+    case Curve::kSilu:
+      return f(Silu());
+    case Curve::kGelu:
+      return f(Gelu());
+    case Curve::kGeluTanh:
+      return f(GeluTanh());
+    case Curve::kHardswish:
+      return f(Hardswish());
+    case Curve::kHardsigmoid:
+      return f(Hardsigmoid());
+    case Curve::kMish:
+      return f(Mish());
+    case Curve::kSigmoid:
+      return f(Sigmoid());
+    default:
+      return f(Tanh());
+  }
+}
+
+}  // namespace batchnorm_ext

@@ -1,0 +1,320 @@
+"""Normalization, residual and activation in one pass, against float64 and against PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from activations import (
+    ACTIVATIONS,
+    INPUTS,
+    MODULES,
+    NORMS,
+    PIECEWISE,
+    C,
+    fused,
+    gradients,
+    make_problem,
+    oracle,
+)
+from batchnorm_ext import functional
+from cases import DTYPES, LAYOUTS
+from support import assert_bitwise, assert_within, ops
+
+pytestmark = pytest.mark.only("cpu", reason="on CUDA it is PyTorch's functions so far")
+
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+with_and_without_residual = pytest.mark.parametrize("has_residual", [False, True])
+
+
+def _bound(exact, dtype, terms):
+    """float32 arithmetic: some roundings of each term, sums of terms of both signs, at most 64
+    units of the largest result or of a term; and the rounding of the result."""
+    arithmetic = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    largest = max(exact.abs().max().item(), terms)
+    return exact.abs() * torch.finfo(dtype).eps / 2 + largest * arithmetic
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size, layout", INPUTS, ids=str)
+def test_forward_and_gradients(size, layout, dtype, activation):
+    for has_residual in (False, True):
+        for norm in NORMS:
+            if len(size) == 2 and norm == "instance":
+                continue
+            p = make_problem(size, layout, dtype, has_residual)
+            y = fused(p, norm, activation)
+            assert y.dtype == dtype
+            assert y.stride() == torch.empty_like(p.x).stride()
+            # a piecewise linear one after a residual looks at its output, which is rounded
+            rounds = has_residual and activation in PIECEWISE
+            exact = p.double()
+            expected = oracle(exact, norm, activation, dtype if rounds else None)
+            # where z was rounded, the value is the one of z that was not
+            value = oracle(exact, norm, activation, None)
+            assert_within(f"y, {norm}", y, value, _bound(value, dtype, 1.0))
+            wanted = gradients(expected, exact)
+            for name, found in gradients(y, p).items():
+                out = found.dtype
+                assert out == p.leaves[name.removeprefix("gradient of ")].dtype
+                assert_within(
+                    f"{name}, {norm}", found, wanted[name], _bound(wanted[name], out, 1.0)
+                )
+
+
+@every_activation
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_derivatives_of_any_order(layout, activation):
+    """Away from the kinks, where finite differences tell nothing."""
+    for has_residual in (False, True):
+        for norm in NORMS:
+            p = make_problem((3, C, 5), layout, torch.float64, has_residual)
+
+            def function(*leaves, p=p, norm=norm):
+                for name, leaf in zip(p.leaves, leaves, strict=True):
+                    setattr(p, name, leaf)
+                return fused(p, norm, activation)
+
+            assert gradcheck(function, tuple(p.leaves.values()), fast_mode=True)
+            assert gradgradcheck(function, tuple(p.leaves.values()), fast_mode=True)
+
+
+@with_and_without_residual
+@pytest.mark.parametrize("activation", ["relu", "hardtanh(-0.5, 1.25)", "silu", "elu(0.7)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators(dtype, activation, has_residual):
+    p = make_problem((2, C, 5, 3), "channels_last", dtype, has_residual)
+    for groups in (0, 2):
+        arguments = (p.x, p.weight, p.bias, None, None, True, 1e-5, groups, True, 1)
+        torch.library.opcheck(ops.batch_norm, (*arguments, p.residual, activation))
+    state = (p.mean, p.var, torch.tensor(3), 0.1, 1e-5, 0)
+    arguments = (p.x, p.weight, p.bias, *state, p.residual, activation)
+    torch.library.opcheck(ops.batch_norm_update, arguments)
+    stats = torch.stack([p.mean, p.var]).double()
+    for training in (True, False):
+        for mask in ([True] * 3, [True, False, False], [False, True, False], [False] * 3):
+            options = (stats, training, mask, p.bias.dtype, 0, activation)
+            arguments = (p.dy, p.x, p.weight, p.bias, p.residual, *options)
+            torch.library.opcheck(ops.batch_norm_activated_backward, arguments)
+
+
+@every_activation
+def test_special_values_are_those_of_pytorch(activation):
+    """NaN, infinities, zeros of both signs: those of what the norm gives, and of a residual."""
+    special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0]
+    special += [3.0, -3.0, 6.0, 6.5, -0.5, 1.25, 100.0, -100.0, 1e30, -1e30]
+    x = torch.tensor(special).repeat(len(special), 1)[:, None].contiguous().requires_grad_()
+    residual = x.detach().transpose(0, 2).contiguous().requires_grad_()
+    zero, one = torch.zeros(1), torch.ones(1)
+    for given in (None, residual):
+        z = functional.batch_norm(x, zero, one, one / 4, eps=0.0)  # -1e-45 becomes -0
+        z = z.detach() if given is None else z.detach() + residual.detach()
+        z.requires_grad_()
+        native = F.hardsigmoid(z) if activation == "hardsigmoid" else ACTIVATIONS[activation](z)
+        y = functional.batch_norm_act(
+            x, zero, one, one / 4, eps=0.0, activation=activation, residual=given
+        )
+        assert_bitwise(
+            "signs of zeros", *(torch.where(v == 0, v.signbit(), 2) for v in (y, native))
+        )
+        if activation in PIECEWISE:
+            assert_bitwise("y", y, native)
+        else:
+            torch.testing.assert_close(y, native, rtol=1e-5, atol=1e-7, equal_nan=True)
+        (wanted,) = torch.autograd.grad(native.sum(), z)
+        (found,) = torch.autograd.grad(y.sum(), x if given is None else residual)
+        factor = 0.25 if given is None else 1.0
+        torch.testing.assert_close(found, wanted * factor, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@every_activation
+@with_and_without_residual
+def test_same_bits_for_any_number_of_threads(has_residual, activation, set_num_threads):
+    for layout in ("contiguous", "channels_last"):
+        p = make_problem((8, C, 96, 49), layout, torch.float32, has_residual)
+        results = []
+        for threads in (1, 2):
+            set_num_threads(threads)
+            y = fused(p, "batch, training", activation)
+            results.append({"y": y, **gradients(y, p)})
+        for name, value in results[0].items():
+            assert_bitwise(name, value, results[1][name])
+
+
+@every_activation
+@with_and_without_residual
+def test_nothing_is_saved_that_a_network_would_not_keep(has_residual, activation):
+    """The input, the parameters, the statistics, and the residual or the output."""
+    if has_residual and activation == "leaky_relu(-0.5)":
+        pytest.skip("computed by PyTorch's functions")
+    p = make_problem((2, C, 5, 3), "contiguous", torch.float32, has_residual)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda t: t):
+        y = fused(p, "batch, training", activation)
+    assert y.grad_fn.name() == "batchnorm_ext::Norm"
+    large = [t for t in saved if t.numel() == p.x.numel()]
+    kept = {p.x.data_ptr()}
+    if has_residual and activation != "identity":
+        reads_output = activation in PIECEWISE
+        kept.add(y.data_ptr() if reads_output else p.residual.data_ptr())
+    assert {t.data_ptr() for t in large} == kept
+    assert sum(t.nbytes for t in saved if t.numel() != p.x.numel()) <= C * (8 + 2 * 8)
+
+
+def test_residual_in_another_memory_format():
+    p = make_problem((2, C, 9, 7), "contiguous", torch.float32, True)
+    expected = fused(p, "batch, training", "silu")
+    wanted = gradients(expected, p)
+    p.residual = LAYOUTS["channels_last"](p.residual.detach()).requires_grad_()
+    y = fused(p, "batch, training", "silu")
+    assert_bitwise("y", y, expected)
+    for name, found in gradients(y, p).items():
+        assert_bitwise(name, found, wanted[name])
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@with_and_without_residual
+def test_without_gradients(has_residual, activation):
+    p = make_problem((2, C, 9, 7), "channels_last", torch.float32, has_residual)
+    expected = fused(p, "batch, training", activation)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y = fused(p, "batch, training", activation)
+        assert not y.requires_grad
+        assert_bitwise("y", y, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_frozen_leaves_get_no_gradient(activation):
+    """Every subset of what may be frozen gives the others the gradients that they have anyway."""
+    for norm in NORMS:
+        p = make_problem((2, C, 9, 7), "contiguous", torch.float32, True)
+        y = fused(p, norm, activation)
+        wanted = gradients(y, p)
+        for name, leaf in p.leaves.items():
+            others = [other for other in p.leaves.values() if other is not leaf]
+            for other in others:
+                other.requires_grad_(False)
+            (found,) = torch.autograd.grad(fused(p, norm, activation), leaf, p.dy)
+            for other in others:
+                other.requires_grad_()
+            # in evaluation, without sums, weight * invstd is rounded as one
+            exact = wanted[f"gradient of {name}"]
+            torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_running_statistics_move_as_without_an_activation(activation):
+    p = make_problem((4, C, 9, 7), "contiguous", torch.float32, True)
+    states = [(p.mean.clone(), p.var.clone()) for _ in range(2)]
+    functional.batch_norm_act(
+        p.x, *states[0], p.weight, p.bias, True, activation=activation, residual=p.residual
+    )
+    functional.batch_norm(p.x, *states[1], p.weight, p.bias, True)
+    for name, found, wanted in zip(("mean", "var"), *states, strict=True):
+        assert_bitwise(name, found, wanted)
+        assert not torch.equal(found, getattr(p, name))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_stand_for_their_names(name):
+    p = make_problem((3, C, 5), "contiguous", torch.float32, False)
+    y = fused(p, "batch, training", MODULES[name])
+    assert_bitwise("y", y, fused(p, "batch, training", name))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    ["swish", "relu(1)", "leaky_relu()", "leaky_relu(1, 2)", "hardtanh(1, -1)", "elu(x)", None, 3]
+    + [torch.nn.Softplus(), torch.nn.Linear, "relu "],
+    ids=str,
+)
+def test_unknown_activations_are_refused(activation):
+    x, mean = torch.randn(4, C, 3), torch.zeros(C)
+    with pytest.raises(ValueError, match="expected activation to be one of .*relu, .*hardswish"):
+        functional.batch_norm_act(x, mean, mean + 1, training=True, activation=activation)
+    assert not mean.any()
+
+
+def test_residuals_that_do_not_fit_are_refused():
+    x, mean = torch.randn(4, C, 3), torch.zeros(C)
+    for residual, message in [
+        (torch.randn(4, C, 1), r"shape of input, \(4, 8, 3\), got shape \(4, 8, 1\)"),
+        (torch.randn(4, C, 3).double(), "dtype of input, torch.float32, got dtype torch.float64"),
+        (torch.randn(4, C, 3, device="meta"), "device of input, cpu, got device meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            functional.batch_norm_act(x, mean, mean + 1, training=True, residual=residual)
+    with pytest.raises(TypeError, match="expected residual to be a tensor or None, got 1.0"):
+        functional.batch_norm_act(x, mean, mean + 1, training=True, residual=1.0)
+    assert not mean.any()
+
+
+@with_and_without_residual
+def test_autocast(has_residual):
+    """The input of the norm stays as it is, as without an activation."""
+    p = make_problem((2, C, 9, 7), "contiguous", torch.bfloat16, has_residual)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for norm in NORMS:
+            y = fused(p, norm, "gelu")
+            assert y.dtype == torch.bfloat16 and y.grad_fn.name() == "batchnorm_ext::Norm"
+            gradients(y, p)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu(0.25)", "gelu"])
+@with_and_without_residual
+def test_compiled_in_one_graph(has_residual, activation, norm, fresh_dynamo):
+    p = make_problem((2, C, 9, 7), "contiguous", torch.float32, has_residual)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(p, norm, activation), fused(p, norm, activation)
+    assert_bitwise("y", y, expected)
+    wanted = gradients(expected, p)
+    for name, found in gradients(y, p).items():
+        assert_bitwise(name, found, wanted[name])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_negative_views(activation):
+    """The imaginary part of a conjugated tensor is a view that means the opposite of its memory."""
+    values = torch.randn(2, 4, C, 5, dtype=torch.complex64)
+    x, residual = values.conj().imag
+    assert x.is_neg()
+    y = functional.batch_norm_act(
+        x, None, None, training=True, activation=activation, residual=residual
+    )
+    plain = [t.resolve_neg().clone() for t in (x, residual)]
+    expected = functional.batch_norm_act(
+        plain[0], None, None, training=True, activation=activation, residual=plain[1]
+    )
+    assert_bitwise("y", y, expected)
+
+
+def test_empty_batch():
+    x = torch.randn(0, C, 3, requires_grad=True)
+    residual = torch.randn(0, C, 3, requires_grad=True)
+    weight = torch.ones(C, requires_grad=True)
+    y = functional.batch_norm_act(
+        x, None, None, weight, training=True, activation="silu", residual=residual
+    )
+    assert y.shape == x.shape
+    dx, dresidual, dweight = torch.autograd.grad(y.sum(), (x, residual, weight))
+    assert dx.shape == dresidual.shape == x.shape and not dweight.any()
+
+
+def test_what_the_operators_do_not_take_is_computed_by_pytorch():
+    """(N, C) in groups, torch.func, other dtypes of parameters."""
+    x, residual = torch.randn(2, 6, C)
+    y = functional.group_norm_act(x, 2, activation="silu", residual=residual)
+    assert_bitwise("y", y, F.silu(F.group_norm(x, 2) + residual))
+    x, residual = torch.randn(2, 3, C, 5)
+
+    def total(x, residual):
+        y = functional.batch_norm_act(x, None, None, training=True, residual=residual)
+        return y.pow(2).sum()
+
+    found = torch.func.grad(total, argnums=(0, 1))(x, residual)
+    leaves = [t.clone().requires_grad_() for t in (x, residual)]
+    for a, b in zip(found, torch.autograd.grad(total(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

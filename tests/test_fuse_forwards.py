@@ -1,0 +1,175 @@
+"""Which forwards are rewritten, and why others are not."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm_ext
+from fusing import (
+    DropPath,
+    assert_fuses,
+    assert_leaves,
+    assert_same,
+    block,
+    conv,
+    image,
+    norm,
+    randomized,
+)
+
+pytestmark = pytest.mark.only("cpu", reason="of forwards alone")
+
+FLAG = True
+
+
+class Settings:
+    flag = True
+
+
+def _counts(m, x):
+    m.calls = m.calls + 1
+    return m.relu(m.bn1(x))
+
+
+def _keeps(m, x):
+    m.kept.append(x)
+    return m.relu(m.bn1(x))
+
+
+def _no_grad(m, x):
+    y = m.relu(m.bn1(m.conv1(x)))
+    with torch.no_grad():
+        z = m.bn2(x)
+    return y + z
+
+
+def _own_random(m, x):
+    return m.relu(m.bn1(x)) if random.random() < 2 else x
+
+
+def _global(m, x):
+    return m.relu(m.bn1(x)) if FLAG else x
+
+
+def _setting(m, x):
+    return m.relu(m.bn1(x)) if Settings.flag else x
+
+
+def _backends(m, x):
+    return m.relu(m.bn1(x)) if torch.backends.mkldnn.enabled else x
+
+
+def _caught(m, x):
+    try:
+        y = x * torch.rand(1)
+    except Exception:
+        y = x
+    return m.relu(m.bn1(y))
+
+
+def _noise(m, x):
+    return m.relu(m.bn1(x)) + torch.rand(1)
+
+
+def _grad_mode(m, x):
+    return m.relu(m.bn1(x)) if torch.is_grad_enabled() else x
+
+
+def _checkpointed(m, x):
+    from torch.utils.checkpoint import checkpoint
+
+    return m.relu(m.bn1(checkpoint(m.conv1, x, use_reentrant=False)))
+
+
+@pytest.mark.parametrize(
+    "run, reason",
+    [
+        (lambda m, x: m.relu(m.bn1(x)) if x.sum() > 0 else x, "symbolically traced variables"),
+        (lambda m, x: m.relu(m.bn1(x)) * m.table[0], "it reads table, a list"),
+        (_counts, "it sets calls"),
+        (_keeps, "it reads kept, a list"),
+        (_no_grad, "it calls _set_grad_enabled on nothing that it is given"),
+        (_own_random, "it uses the global random"),
+        (_global, "it uses the global FLAG"),
+        (lambda m, x: m.relu(m.bn1(x)) if not hasattr(m, "skip") else x, "it looks for skip"),
+        (_setting, "it uses the global Settings"),
+        (_backends, "it uses torch.backends"),
+        (_caught, "it calls rand on nothing that it is given"),
+        (_noise, "it calls rand on nothing that it is given"),
+        (_grad_mode, "it calls is_grad_enabled of torch"),
+        (_checkpointed, ""),
+    ],
+)
+def test_forwards_that_are_no_graphs(run, reason):
+    model = block(run)
+    model.calls, model.kept, model.table = 0, [], [2.0]
+    randomized(model)
+    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    assert report.done == {} and f"is no graph: {reason}" in report.left["bn1"], str(report)
+    assert "left as it is: the model (fusing.Model) is no graph" in report.note
+    assert model.calls == fused.calls == 0 and model.kept == fused.kept == []
+    assert_same(fused, model, image())
+
+
+def test_forwards_with_comprehensions_and_helpers():
+    def helper(value):
+        return F.relu(value)
+
+    def run(m, x):
+        return torch.stack([helper(m.bn1(y)) for y in (x, m.conv1(x))]).sum(0)
+
+    model = block(run, bn2=None)
+    fused = assert_fuses(model, image(), 1)
+    assert batchnorm_ext.fuse(fused, report=True)[1].done["bn1"] == "with relu; with relu"
+
+
+def test_decorated_forwards():
+    class Decorated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn1 = norm()
+
+        @torch.autocast("cpu", torch.bfloat16)
+        def forward(self, x):
+            return F.relu(self.bn1(x))
+
+    _, report = batchnorm_ext.fuse(Decorated(), report=True)
+    assert "is no graph: it is torch's own, or decorated by it" in report.left["bn1"]
+
+
+def test_parts_of_a_model_that_is_no_graph_are_fused():
+    layers = nn.ModuleList([nn.Sequential(conv(), norm(), nn.ReLU()) for _ in range(3)])
+
+    def run(m, x):
+        for layer in m.layers:
+            x = layer(x) if x.sum() < 1e9 else -x
+        return m.relu(m.bn1(x))
+
+    assert_fuses(block(run, bn2=None, layers=layers), image(), 3, 1)
+
+
+def test_layers_appended_later():
+    layers = nn.ModuleList([conv(), conv()])
+
+    def run(m, x):
+        for layer in m.layers:
+            x = layer(x)
+        return m.relu(m.bn1(x))
+
+    model = block(run, bn2=None, layers=layers)
+    fused = assert_fuses(model, image(), 1)
+    layer = conv().double()
+    for each in (model, fused):
+        each.layers.append(copy.deepcopy(layer))
+    assert_same(fused, model, image())
+
+
+def test_drop_path_before_the_sum():
+    def run(m, x):
+        return m.relu(m.drop(m.bn1(m.conv1(x))) + x)
+
+    assert_leaves(block(run, drop=DropPath()), "before drop (fusing.DropPath)")
