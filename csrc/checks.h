@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "activation_table.h"
+#include "dtype.h"
 #include "ops.h"
 
 namespace batchnorm_ext {
@@ -41,9 +42,8 @@ inline bool holds(const c10::SymBool& condition) { return condition.expect_true(
 inline void check_input(const at::Tensor& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(x.dim() >= 2,
                               "batch_norm: expected input to have at least 2 dimensions, (N, C, ...), got ", x.dim());
-  TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble ||
-                                  x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
-                              "\"batch_norm\" not implemented for '", toString(x.scalar_type()),
+  TORCH_CHECK_NOT_IMPLEMENTED(with_dtype(x.scalar_type(), [](auto) {}), "\"batch_norm\" not implemented for '",
+                              toString(x.scalar_type()),
                               "': expected input to be of dtype float32, float64, bfloat16 or float16");
 }
 

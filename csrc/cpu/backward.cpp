@@ -1,5 +1,4 @@
 // The fused backward in the same way as the forward.
-#include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -15,6 +14,7 @@
 
 #include "../activation_table.h"
 #include "../checks.h"
+#include "../dtype.h"
 #include "../layout.h"
 #include "combine.h"
 #include "elementwise.h"
@@ -181,7 +181,8 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     if (want_dbias) write_channels(dbias, parameters, dbiases);
   };
   const double *const mean = o.stats.const_data_ptr<double>(), *const invstd = mean + geometry.stats();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_backward", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     const auto read = [](const OptionalTensor& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
     const auto write = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr; };
     const scalar_t *const dy_in = dy.const_data_ptr<scalar_t>(), *const x_in = x.const_data_ptr<scalar_t>();

@@ -1,6 +1,5 @@
 // The fused forward, tensors in and pointers out: the CPU side of training on one device, and of evaluation. Built once
 // per instruction set.
-#include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 
 #include "../activation_table.h"
 #include "../checks.h"
+#include "../dtype.h"
 #include "../layout.h"
 #include "combine.h"
 #include "elementwise.h"
@@ -148,7 +148,8 @@ Normalized forward(const Operands& o, const Spec& s) {
   const auto read = [&](int64_t batch) {
     return std::pair(read_channels(o.weight, parameters, 1, batch), read_channels(o.bias, parameters, 0, batch));
   };
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     const scalar_t* const in = x.const_data_ptr<scalar_t>();
     scalar_t* const out = y.mutable_data_ptr<scalar_t>();
     if (has_parameters_within(geometry, s.domain)) {

@@ -1,6 +1,5 @@
 // The halves of training on the CPU: what is reduced leaves as float64 sums, which SyncBatchNorm adds up over ranks,
 // and what is mapped takes such sums. The passes are those of the fused ops. Built once per instruction set.
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,6 +12,7 @@
 #include <utility>
 
 #include "../checks.h"
+#include "../dtype.h"
 #include "../layout.h"
 #include "../sums.h"
 #include "maps.h"
@@ -39,7 +39,8 @@ Tensor moments(const Tensor& input) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
   };
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "moments", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     with_pattern<scalar_t>(
         geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, kNoMap); });
   });
@@ -66,7 +67,8 @@ Normalized apply(const Operands& o, const Spec& s) {
     var[c] = moments.m2_over(count);
     invstd[c] = 1 / std::sqrt(var[c] + s.eps);
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "apply", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     using A = Acc<scalar_t>;
     CoefficientTable<A, 3> table(channels);
     set_normalize(table, 0, channels, mean, invstd, read_channels(o.weight, channels, 1).get(),
@@ -92,7 +94,8 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
     std::copy_n(dbias, width, dbias_out + first);
     std::copy_n(dweight, width, dweight_out + first);
   };
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_moments", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     using A = Acc<scalar_t>;
     const Geometry geometry = geometry_of(x);
     CoefficientTable<A, 1> centre(channels);
@@ -116,7 +119,8 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
   Tensor dx = empty_output_like(x);
   const double *const mean = stats.const_data_ptr<double>(), *const invstd = mean + channels;
   const double* const sums = grad_sums.const_data_ptr<double>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grad_apply", [&] {
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     using A = Acc<scalar_t>;
     CoefficientTable<A, 5> table(channels);
     set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,

@@ -1,13 +1,13 @@
 // Tensors with one value per channel, of any of the floating dtypes, as arrays of fp64 with one value per cell.
 #pragma once
 
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 
+#include "../dtype.h"
 #include "../geometry.h"
 #include "../ops.h"
 
@@ -23,7 +23,8 @@ inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, do
     return values;
   }
   const int64_t stride = tensor->stride(0);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor->scalar_type(), "read_channels", [&] {
+  with_dtype(tensor->scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     const scalar_t* const from = tensor->const_data_ptr<scalar_t>();
     for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<double>(from[c * stride]);
   });
@@ -33,7 +34,8 @@ inline Channels read_channels(const OptionalTensor& tensor, int64_t channels, do
 
 inline void write_channels(const at::Tensor& tensor, int64_t channels, const double* values) {
   const int64_t stride = tensor.stride(0);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, tensor.scalar_type(), "write_channels", [&] {
+  with_dtype(tensor.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
     scalar_t* const to = static_cast<scalar_t*>(tensor.data_ptr());
     for (int64_t c = 0; c < channels; ++c) to[c * stride] = static_cast<scalar_t>(values[c]);
   });
