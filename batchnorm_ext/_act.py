@@ -177,7 +177,8 @@ def _of_samples(
     check_residual(input, residual)
     cells = isinstance(input, Tensor) and input.dim() > 1 and input.size(0) * input.size(1)
     if (
-        type(groups) is int
+        not _ops.leaves_process()
+        and type(groups) is int
         and groups > 0
         and input.numel() > cells  # else parameters differ within a statistic
         and has_kernels_for(input, residual, name)
