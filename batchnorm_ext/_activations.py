@@ -49,7 +49,7 @@ def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     """The name that the operators take, of a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
         return _known(activation)
-    if isinstance(activation, type) and issubclass(activation, nn.Module):
+    if isinstance(activation, type) and activation in (*_MODULES, nn.GELU):
         activation = activation()
     if type(activation) is nn.GELU:
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"

@@ -47,7 +47,8 @@ struct ScalarMath {
   BATCHNORM_EXT_HD static V erf(V z) { return std::erf(z); }
 };
 
-// `z` where it is a number, cut at the bounds as PyTorch's comparisons do it: NaN and what equals no bound pass.
+// NaN and zeros of both signs as in PyTorch: a value of NaN is NaN; its derivative is 0 between two bounds and the
+// slope otherwise.
 template <typename M>
 struct Piecewise {
   using V = typename M::V;
@@ -55,12 +56,12 @@ struct Piecewise {
 
   BATCHNORM_EXT_HD V value(const V& z) const {
     const V line = M::select(z > V(0), z, slope * z);
-    return M::select(z <= low, low, M::select(z >= high, high, line));
+    return M::select(z < low, low, M::select(z > high, high, line));
   }
   // dy * y'(z): exactly 0 where z is cut, whatever dy is.
   BATCHNORM_EXT_HD V grad(const V& dy, const V& z) const {
-    const V line = M::select(z > V(0), dy, slope * dy);
-    return M::select(z <= low, V(0), M::select(z >= high, V(0), line));
+    const V kept = M::select(z <= low, V(0), M::select(z > V(0), dy, slope * dy));
+    return M::select(z < high, kept, M::select(high == high, V(0), kept));
   }
 };
 
@@ -132,7 +133,7 @@ struct Hardsigmoid {
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    return M::select(z <= V(-3), V(0), M::select(z >= V(3), V(0), dy / V(6)));
+    return M::select(z > V(-3), M::select(z < V(3), dy / V(6), V(0)), V(0));
   }
 };
 

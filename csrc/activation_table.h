@@ -8,10 +8,9 @@
 #include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/leaky_relu_backward.h>
-#include <ATen/ops/mish_backward.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
-#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/softplus.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
@@ -36,7 +35,7 @@ struct ActivationRow {
   int arguments;  // at most
   std::array<double, 2> by_default;
   Activation (*make)(double, double);
-  // dy * y'(z) by PyTorch's operators, which have derivatives of any order
+  // dy * y'(z) by operators of PyTorch that have derivatives of any order (those of silu and mish have none)
   Tensor (*grad)(const Tensor& dy, const Tensor& z, double, double);
 };
 
@@ -82,7 +81,10 @@ inline const ActivationRow kRows[] = {
      0,
      {},
      smooth<Curve::kSilu>,
-     [](const Tensor& dy, const Tensor& z, D, D) { return at::silu_backward(dy, z); }},
+     [](const Tensor& dy, const Tensor& z, D, D) {
+       const Tensor s = at::sigmoid(z);
+       return dy * (s * (1 + z * (1 - s)));
+     }},
     {"gelu",
      0,
      {},
@@ -107,7 +109,10 @@ inline const ActivationRow kRows[] = {
      0,
      {},
      smooth<Curve::kMish>,
-     [](const Tensor& dy, const Tensor& z, D, D) { return at::mish_backward(dy, z); }},
+     [](const Tensor& dy, const Tensor& z, D, D) {
+       const Tensor gate = at::tanh(at::softplus(z));
+       return dy * (gate + z * at::sigmoid(z) * (1 - gate * gate));
+     }},
     {"sigmoid",
      0,
      {},

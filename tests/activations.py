@@ -91,8 +91,8 @@ class Problem:
 
     def double(self) -> Problem:
         copies = {
-            name: None if value is None else value.detach().double().requires_grad_()
-            for name, value in vars(self).items()
+            name: None if v is None else v.detach().double().requires_grad_(v.requires_grad)
+            for name, v in vars(self).items()
         }
         return Problem(**copies)
 

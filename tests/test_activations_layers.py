@@ -112,7 +112,7 @@ def test_exported_graphs_hold_the_operators_of_pytorch(has_residual, kind, fresh
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert called and all(name.startswith("aten.") for name in called)
     traced = torch.jit.trace(layer, inputs)
-    assert "batchnorm_ext" not in str(traced.inlined_graph)
+    assert "batchnorm_ext::" not in str(traced.inlined_graph)
     for module in (exported.module(), traced):
         torch.testing.assert_close(module(*inputs), layer(*inputs), **CLOSE)
 
@@ -121,7 +121,7 @@ def test_exported_graphs_hold_the_operators_of_pytorch(has_residual, kind, fresh
 def test_scripting_says_no(kind):
     """A script of the layer of torch.nn alone would leave the activation out."""
     layer, _ = _pair(kind)
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(RuntimeError, match="if-expression|NotSupported"):
         torch.jit.script(layer)
 
 
