@@ -111,7 +111,7 @@ PyMethodDef method(const char* name) {
 PyMethodDef methods[] = {
     method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"), method<weight_norm>("weight_norm"), {}};
 
-// Those of torch that an input may have.
+// The dtypes of torch that an input may have.
 pybind11::frozenset dtypes() {
   pybind11::list list;
   for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
