@@ -9,7 +9,14 @@ from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Native
 from batchnorm_ext._normalize import by_operator, normalize
 from batchnorm_ext._rows import as_autocast
 
-__all__ = ["batch_norm_act", "check_residual", "group_norm_act", "instance_norm_act", "then"]
+__all__ = [
+    "batch_norm_act",
+    "check_residual",
+    "group_norm_act",
+    "has_kernels_for",
+    "instance_norm_act",
+    "then",
+]
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:
@@ -46,10 +53,11 @@ def batch_norm_act(
     .. math:: y = \phi\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
         * \gamma + \beta + r\right)
 
-    What a network computes as ``relu(batch_norm(x) + r)`` in three passes through memory forward
-    and eight backward takes three and five. Backward recomputes what the activation was given from
-    ``input``; after a residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` look at the
-    output instead: nothing is kept that the network would not keep anyway. Source of the
+    ``relu(batch_norm(x) + r)`` in three operators reads or writes tensors of this size at least
+    seven times forward and six backward; this function does so three and five times at best.
+    Backward computes the argument of the activation again from ``input`` and ``residual``; after a
+    residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` read the output instead. No more
+    is kept for the backward than by PyTorch's functions, which compute it on CUDA. Source of the
     normalization: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
@@ -115,6 +123,7 @@ def instance_norm_act(
 
     Raises:
         ValueError: as :func:`batch_norm_act`; one element per sample and channel.
+        RuntimeError: as :func:`batchnorm_ext.functional.instance_norm`.
 
     Example::
 
@@ -196,7 +205,11 @@ def _of_samples(
 
 
 def has_kernels_for(input: Tensor, residual: Tensor | None, activation: str) -> bool:
-    """On a CPU, unless backward would look at an output that a negative slope has folded."""
+    """Whether the operators take the activation: on a CPU, and backward can read what it needs.
+
+    A ``leaky_relu`` of negative slope gives values of both signs the same sign: after a residual
+    its output does not tell the slope.
+    """
     folds = residual is not None and activation.startswith("leaky_relu(-")
     return not folds and not getattr(input, "is_cuda", False)
 

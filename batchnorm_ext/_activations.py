@@ -1,4 +1,4 @@
-"""Activations: by the names that the operators know, by PyTorch's functions, by its modules."""
+"""Activations: the names that the operators know, PyTorch's functions and modules for them."""
 
 import re
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-_NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # arguments
+_NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # of arguments
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 # Module -> name and the attributes that are its arguments.
@@ -46,7 +46,7 @@ _MODULES: dict[type, tuple[str, ...]] = {
 
 
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
-    """The name that the operators take, of a name, a module of torch.nn or its class."""
+    """The name that the operators take, for a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
         return _known(activation)
     if isinstance(activation, type) and activation in (*_MODULES, nn.GELU):

@@ -1,8 +1,8 @@
 """What rewritten forwards call: a norm, an addition and an activation, fused where that is right.
 
-Each function computes what the layers would one after the other, and calls them one after the other
-where something lies between that the rewriting could not know: hooks, layers that have been
-replaced, a residual that broadcasts.
+Each function computes what the steps would one after the other. It takes them one after the other
+where a call shows what the rewriting could not know: hooks, layers that have been replaced, a
+residual that broadcasts.
 """
 
 import operator
@@ -29,7 +29,7 @@ FUSED_NORMS = frozenset(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling the forward of its class, and nothing sees it."""
+    """Whether calling the module is calling the forward of its class, and no hook sees it."""
     members = module.__dict__
     return not (
         members["_forward_hooks"]
@@ -47,7 +47,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def last_layer(module: nn.Module) -> nn.Module | None:
-    """The layer that gives the module its result, where nothing sees what that is given."""
+    """The layer whose result is that of the module, if no hook sees the calls on the way."""
     while is_sequential(module) and is_plain(module) and module._modules:
         module = next(reversed(module._modules.values()))
     return module
@@ -60,7 +60,7 @@ def is_pair(norm: nn.Module, following: nn.Module | None) -> bool:
 
 
 def run_sequential(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """Call the layers, those fused that can be."""
+    """Call the layers one after the other, fused where they can be."""
     place = 0
     while place < len(layers):
         layer = layers[place]
@@ -159,7 +159,7 @@ def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
 
 
 def _fits(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the sum is of the shape and the dtype of x, which a norm keeps."""
+    """Whether the residual is like x, and so like the output of a norm, which the sum has to be."""
     return residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
@@ -222,8 +222,11 @@ def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) 
 
 
 def _in_place(name: str) -> Callable:
-    """``a += b`` and the like as a function: the code that torch.fx writes for the operators of
-    Python also changes what other names of a number stand for."""
+    """``a += b`` and the like as a function.
+
+    For ``operator.iadd`` torch.fx writes the statement ``a += b``. If ``a`` is a number, that also
+    changes what later nodes read as ``a``.
+    """
     function = getattr(operator, name)
 
     def write(value: object, other: object) -> object:

@@ -91,7 +91,7 @@ class FusedBatchNorm(Fused):
     def _fused_forward(
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
-        """``activation``: None of a layer that has neither one nor a residual."""
+        """``activation`` is None for layers without activation and residual."""
         more = () if residual is None else (residual,)
         if _ops.leaves_process() and self._exports_as_torch():
             return self._torch_forward(input, *more)

@@ -30,8 +30,8 @@ def fuse_graph(graph_module: fx.GraphModule) -> Report:
     activation`` and ``norm -> addition``, where the norm is batch, instance or group normalization,
     by a module or a function of ``torch.nn`` or of this library, and each step may be spelled as a
     module, function, method or operator, in place or not. In place; the graph computes what it did
-    before: where a residual turns out to broadcast it does so step by step. Source of what is
-    fused: Ioffe & Szegedy 2015, algorithm 1.
+    before: where a residual turns out to broadcast, and on CUDA, it does so step by step.
+    Source of what is fused: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
         graph_module: a graph before autograd, of tensors of any shape and dtype.
@@ -60,7 +60,7 @@ def fuse_graph(graph_module: fx.GraphModule) -> Report:
 
 
 class Fusions:
-    """Those of a graph."""
+    """What is fused in a graph, and why the other norms are left."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules, self.report = graph, modules, Report("fused")
@@ -111,7 +111,7 @@ class Fusions:
         return path
 
     def _use_results_of_writes(self) -> None:
-        """What is written to and what writing returns are one tensor: from there on the latter."""
+        """A write and what it writes to are one tensor: later nodes use the result of the write."""
         for node in self.graph.nodes:
             written = self._written_by(node)
             if written is None:
@@ -197,7 +197,7 @@ class Fusions:
         return ""
 
     def _kernel_refusal(self, fusion: Fusion) -> str:
-        """An operator of this library has no way to say later that it has no kernels."""
+        """Asked of operators alone, which cannot fall back to PyTorch when they run."""
         name = fusion.activation_name(self.modules)
         input, residual = example(fusion.norm.input), fusion.residual and example(fusion.residual)
         if fusion.norm.operator is None or has_kernels_for(input, residual, name):
@@ -238,7 +238,7 @@ class Fusions:
         return f"with {' and '.join(steps)}"
 
     def _rewrite(self, fusion: Fusion, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """``now`` is what a node has become."""
+        """``now(node)`` is what the node has become."""
         norm, last = fusion.norm, fusion.last
         residual = fusion.residual and now(fusion.residual)
         activation: object = fusion.activation_name(self.modules)

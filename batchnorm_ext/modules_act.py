@@ -13,12 +13,12 @@ __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "GroupNormAct"]
 
 
 class _Activated:
-    """Precedes a normalization in the list of bases; ``activation`` is a name."""
+    """Stands before a normalization in the list of bases. ``activation`` is a name."""
 
     activation: str
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        # without a residual hooks and traced graphs see one argument, as of the normalization
+        # without a residual, hooks and traced graphs see one argument, as they do of a norm
         more = () if residual is None else (residual,)
         return self._forward_or_leave(input, *more)
 
