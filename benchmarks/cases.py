@@ -36,7 +36,7 @@ FAMILY = {
 }
 
 
-# Chains of layers, and their shapes: those of ResNet-50, of MobileNetV3, of diffusion.
+# Chains of layers. Shapes are those of ResNet-50, of MobileNetV3 and of diffusion models.
 RESNET_CHAINS = ("BatchNorm + ReLU", "BatchNorm + add + ReLU", "BatchNorm + SiLU")
 OTHER_CHAINS = {
     "BatchNorm + Hardswish": [(32, 16, 112, 112), (32, 240, 14, 14), (32, 480, 14, 14)],

@@ -5,10 +5,10 @@
     python benchmarks/model.py --settings
 
 A step is forward, cross entropy, backward and SGD with momentum, on random images. All copies of a
-network start from the same weights. bf16 and fp16 run under autocast. "fused" is `fuse` in eager
-mode, and the backend of that name where native and converted are compiled by inductor alone. Writes
-steps-<allocator>.csv (steps.csv on a GPU), milliseconds per step. `--settings` measures eager
-ResNet-50 steps under each of SETTINGS instead, and writes settings.csv.
+network start from the same weights. bf16 and fp16 run under autocast. "fused" is the network after
+`fuse` in eager mode, and the native one with the backend "batchnorm_ext" where it is compiled.
+Writes steps-<allocator>.csv (steps.csv on a GPU), milliseconds per step. `--settings` measures
+eager ResNet-50 steps under each of SETTINGS instead, and writes settings.csv.
 """
 
 import copy

@@ -57,7 +57,7 @@ def test_forward_and_gradients(size, layout, dtype, activation):
             rounds = has_residual and activation in PIECEWISE
             exact = p.double()
             expected = oracle(exact, norm, activation, dtype if rounds else None)
-            # where z was rounded, the value is the one of z that was not
+            # the value is that of the z that is not rounded
             value = oracle(exact, norm, activation, None)
             assert_within(f"y, {norm}", y, value, _bound(value, dtype, 1.0))
             wanted = gradients(expected, exact)
