@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._activations import activate, activation_name
+from batchnorm_ext._activations import activation_name, can_fuse, then
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Native
 from batchnorm_ext._normalize import by_operator, normalize
 from batchnorm_ext._rows import as_autocast
@@ -13,9 +13,7 @@ __all__ = [
     "batch_norm_act",
     "check_residual",
     "group_norm_act",
-    "has_kernels_for",
     "instance_norm_act",
-    "then",
 ]
 
 
@@ -91,7 +89,6 @@ def batch_norm_act(
     if (
         momentum is not None
         and not _ops.leaves_process()
-        and has_kernels_for(input, residual, name)
         and _ops.takes(BATCH_NORM, (*tensors, residual))
     ):
         options = (None, None, training, momentum, eps, 0, residual, name)
@@ -184,36 +181,18 @@ def _of_samples(
 ) -> Tensor:
     name = activation_name(activation)
     check_residual(input, residual)
-    cells = isinstance(input, Tensor) and input.dim() > 1 and input.size(0) * input.size(1)
-    if (
-        not _ops.leaves_process()
-        and type(groups) is int
-        and groups > 0
-        and input.numel() > cells  # else parameters differ within a statistic
-        and has_kernels_for(input, residual, name)
-    ):
+    if not _ops.leaves_process() and type(groups) is int and groups > 0:
         x = as_autocast(input) if native is GROUP_NORM else input
         added = residual if residual is None else residual.to(x.dtype)
-        rest = (weight, bias, None, None, True, eps, groups, True, 1, added, name)
+        # with one element per sample and channel, parameters differ within a statistic
+        cells = input.shape[:2].numel()
+        fused = input.numel() > cells and can_fuse(input, residual, name)
+        rest = (added, name) if fused else (None, "")
+        rest = (weight, bias, None, None, True, eps, groups, True, 1, *rest)
         tensors = (input, weight, bias, residual)
         y = by_operator(native, eps, tensors, _ops.batch_norm, x, *rest)
         if y is not None:
-            return y
+            return y if fused else then(y, residual, name)
     if native is GROUP_NORM:
         return then(native(input, groups, weight, bias, eps), residual, name)
     return then(native(input, None, None, weight, bias, True, 0.0, eps), residual, name)
-
-
-def has_kernels_for(input: Tensor, residual: Tensor | None, activation: str) -> bool:
-    """Whether the operators take the activation: on a CPU, and backward can read what it needs.
-
-    A ``leaky_relu`` of negative slope gives values of both signs the same sign: after a residual
-    its output does not tell the slope.
-    """
-    folds = residual is not None and activation.startswith("leaky_relu(-")
-    return not folds and not getattr(input, "is_cuda", False)
-
-
-def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """What follows a normalization, by PyTorch's functions."""
-    return activate(y if residual is None else y + residual, activation)

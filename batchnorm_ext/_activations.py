@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["activate", "activate_in_place", "activation_name", "is_activation"]
+__all__ = [
+    "activate",
+    "activate_in_place",
+    "activation_name",
+    "can_fuse",
+    "is_activation",
+    "then",
+]
 
 _FUNCTIONS: dict[str, Callable] = {
     "relu": F.relu,
@@ -61,10 +68,12 @@ def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
 
 
 def _known(activation: str) -> str:
+    """In the spelling of Python's numbers, which the operators read as well."""
     if activation in ("", "identity"):
         return ""
-    _parsed(activation)
-    return activation
+    arguments = ", ".join(map(repr, _parsed(activation)[1]))
+    name = activation.partition("(")[0]
+    return f"{name}({arguments})" if arguments else name
 
 
 _known._dynamo_marked_constant = True  # a compiler would trace the regular expression
@@ -84,6 +93,21 @@ def activate_in_place(z: Tensor, activation: str) -> Tensor:
     if function in (torch.sigmoid, torch.tanh):
         return getattr(z, f"{activation}_")()
     return function(z, *arguments, inplace=True)
+
+
+def can_fuse(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether the operators take the activation: on a CPU, and backward can read what it needs.
+
+    A ``leaky_relu`` of negative slope gives values of both signs the same sign: after a residual
+    its output does not tell the slope.
+    """
+    folds = residual is not None and activation.startswith("leaky_relu(-")
+    return not folds and not getattr(input, "is_cuda", False)
+
+
+def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """What follows a normalization, by PyTorch's functions."""
+    return activate(y if residual is None else y + residual, activation)
 
 
 def is_activation(module: object) -> bool:

@@ -14,8 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm_ext import _ops, functional, modules
-from batchnorm_ext._act import batch_norm_act, group_norm_act, has_kernels_for, instance_norm_act
-from batchnorm_ext._activations import activate, activate_in_place, activation_name, is_activation
+from batchnorm_ext._act import batch_norm_act, group_norm_act, instance_norm_act
+from batchnorm_ext._activations import (
+    activate,
+    activate_in_place,
+    activation_name,
+    can_fuse,
+    is_activation,
+)
 from batchnorm_ext._layer import counting, own, statistics
 from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
@@ -211,7 +217,7 @@ def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) 
     weight, bias = own(norm, "_parameters", "weight"), own(norm, "_parameters", "bias")
     mean, var, batches = statistics(norm)
     tensors = (x, mean, var, weight, bias, residual)
-    kernels = has_kernels_for(x, residual, name) and not _ops.leaves_process()
+    kernels = can_fuse(x, residual, name) and not _ops.leaves_process()
     if not kernels or not _ops.takes(BATCH_NORM, tensors):
         return None
     norm._check_input_dim(x)

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from batchnorm_ext import functional
-from batchnorm_ext._act import check_residual, then
-from batchnorm_ext._activations import activation_name
+from batchnorm_ext._act import check_residual
+from batchnorm_ext._activations import activation_name, then
 from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
 from batchnorm_ext._layer import own
 from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
