@@ -1,6 +1,7 @@
 """What a forward does beside calling modules and functions of its input."""
 
 import dis
+import gc
 import sys
 from collections.abc import Callable
 from types import (
@@ -35,12 +36,15 @@ class Watch:
         self.checked: set[CodeType] = set()
 
     def __enter__(self) -> "Watch":
-        self.before = sys.getprofile()
+        self.before, self.collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # its callbacks would look as if the forward called them
         sys.setprofile(self._look)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(self.before)
+        if self.collects:
+            gc.enable()
 
     def _look(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "c_call" and self._is_of_forward(frame):
