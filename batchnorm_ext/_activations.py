@@ -14,6 +14,7 @@ __all__ = [
     "activation_name",
     "can_fuse",
     "is_activation",
+    "pays",
     "then",
 ]
 
@@ -32,6 +33,7 @@ _FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+_PIECEWISE = frozenset(("", "relu", "relu6", "hardtanh", "leaky_relu"))
 _NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # of arguments
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
@@ -103,6 +105,17 @@ def can_fuse(input: Tensor, residual: Tensor | None, activation: str) -> bool:
     """
     folds = residual is not None and activation.startswith("leaky_relu(-")
     return not folds and not getattr(input, "is_cuda", False)
+
+
+def pays(input: Tensor, activation: str) -> bool:
+    """Whether the fused call takes less time than PyTorch's steps.
+
+    The fused backward computes an activation twice, once for the sums and once for the map. For
+    smooth ones of 16 bits that takes longer than the memory traffic that is saved: 0.6 to 0.9 times
+    the speed (docs/benchmarks.md).
+    """
+    halves = input.dtype in (torch.bfloat16, torch.float16)
+    return not halves or activation.partition("(")[0] in _PIECEWISE
 
 
 def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:

@@ -21,6 +21,7 @@ from batchnorm_ext._activations import (
     activation_name,
     can_fuse,
     is_activation,
+    pays,
 )
 from batchnorm_ext._layer import counting, own, statistics
 from batchnorm_ext._native import BATCH_NORM
@@ -96,7 +97,7 @@ def norm_then(
         *first, module = module._modules.values()
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
-    if taken and _are_plain(module, activation) and _fits(x, residual):
+    if taken and _are_plain(module, activation) and _fits(x, residual, activation):
         y = _fused(module, x, residual, _name(activation))
         if y is not None:
             return y
@@ -118,7 +119,7 @@ def batch_norm_then(
 ) -> Tensor:
     """The same for ``torch.nn.functional.batch_norm``."""
     arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return batch_norm_act(*arguments, _name(activation), residual)
     return _finish(functional.batch_norm(*arguments), activation, residual, written)
 
@@ -133,7 +134,7 @@ def instance_norm_then(
     written: str,
 ) -> Tensor:
     """The same for ``torch.nn.functional.instance_norm`` without running statistics."""
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return instance_norm_act(input, weight, bias, eps, _name(activation), residual)
     y = functional.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
     return _finish(y, activation, residual, written)
@@ -150,7 +151,7 @@ def group_norm_then(
     written: str,
 ) -> Tensor:
     """The same for ``torch.nn.functional.group_norm``."""
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return group_norm_act(input, num_groups, weight, bias, eps, _name(activation), residual)
     y = functional.group_norm(input, num_groups, weight, bias, eps)
     return _finish(y, activation, residual, written)
@@ -164,14 +165,15 @@ def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
     return True
 
 
-def _fits(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the residual is like x, and so like the output of a norm, which the sum has to be."""
-    return residual is None or (
+def _fits(x: Tensor, residual: Tensor | None, activation: nn.Module | str | None) -> bool:
+    """Whether to fuse: the residual is like x, and so like the output of a norm."""
+    like = residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
+    return like and pays(x, _name(activation))
 
 
 def _name(activation: nn.Module | str | None) -> str:
