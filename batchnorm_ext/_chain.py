@@ -86,7 +86,7 @@ def norm_then(
     ``activation`` is a module or a name, with an underscore before it if it is done in place.
     ``written``: "norm" or "residual" if the sum is written into that.
     """
-    while is_sequential(module) and is_plain(module) and module._modules:
+    while last_layer(module) is not module and not torch_module._has_any_global_hook():
         *first, module = module._modules.values()
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
