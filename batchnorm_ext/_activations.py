@@ -45,6 +45,9 @@ _MODULES: dict[type, tuple[str, ...]] = {
 }
 
 
+_FORWARDS = {kind: kind.forward for kind in (*_MODULES, nn.GELU)}
+
+
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     """The name that the operators take, of a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
@@ -87,8 +90,9 @@ def activate_in_place(z: Tensor, activation: str) -> Tensor:
 
 
 def is_activation(module: object) -> bool:
-    """Whether :func:`activation_name` has a name for this module."""
-    return type(module) in _MODULES or type(module) is nn.GELU
+    """Whether :func:`activation_name` has a name for what this module does."""
+    kind = type(module)
+    return kind in _FORWARDS and kind.forward is _FORWARDS[kind]  # as it was imported
 
 
 def _parsed(activation: str) -> tuple[Callable, list[float]]:

@@ -27,6 +27,15 @@ FUSED_NORMS = frozenset(
     if name.startswith(("BatchNorm", "InstanceNorm", "GroupNorm"))
 )
 
+# the classes that a norm has its forward from, and that forward
+_FORWARDS = {
+    kind: [
+        (base, base.forward)
+        for base in (kind, next(b for b in kind.__mro__ if b.__module__.startswith("torch.nn.")))
+    ]
+    for kind in FUSED_NORMS
+}
+
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module is calling the forward of its class, and nothing sees it."""
@@ -153,6 +162,8 @@ def group_norm_then(
 def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
     if torch_module._has_any_global_hook() or not is_plain(norm):
         return False
+    if any(base.forward is not forward for base, forward in _FORWARDS[type(norm)]):
+        return False  # someone has replaced it
     if isinstance(activation, nn.Module):
         return is_activation(activation) and is_plain(activation)
     return True

@@ -140,7 +140,7 @@ _is_instance, _one_at_a_time = isinstance, threading.Lock()
 
 
 def _isinstance(value: object, kinds: object) -> bool:
-    """What a forward is given are tensors. Said here and not by ``__class__``, which torch's C++ code
+    """What a forward is given are tensors. Said here, not by ``__class__``, which torch's C++ code
     believes too, and then reads a tensor that there is not."""
     asking = sys._getframe(1).f_globals.get("__name__", "")
     if not _is_instance(value, fx.Proxy) or is_torch(asking):

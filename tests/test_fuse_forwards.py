@@ -304,6 +304,18 @@ def test_hooks_of_all_modules_see_every_layer():
     assert [type(module).__name__ for module in calls] == expected
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm, nn.ReLU])
+@pytest.mark.parametrize("before", [True, False])
+def test_forwards_of_torchs_classes_are_replaced(kind, before, monkeypatch):
+    native = kind.forward
+    model = randomized(block(lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x)))
+    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    monkeypatch.setattr(kind, "forward", lambda layer, x: native(layer, x) * 2)
+    if before:
+        fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    assert_same(fused, model, image())
+
+
 def test_drop_path_before_the_sum():
     def run(m, x):
         return m.relu(m.drop(m.bn1(m.conv1(x))) + x)
