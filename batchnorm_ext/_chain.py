@@ -50,9 +50,12 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether it calls its children one after the other."""
-    forward = type(module).forward
-    return forward is nn.Sequential.forward or hasattr(forward, "runs_sequential")
+    """Whether calling it is calling its children one after the other."""
+    kind = type(module)
+    if not isinstance(module, nn.Sequential) or kind.__iter__ is not nn.Sequential.__iter__:
+        return False
+    own = kind.forward is nn.Sequential.forward or hasattr(kind.forward, "runs_sequential")
+    return own and kind.__call__ is nn.Module.__call__
 
 
 def last_layer(module: nn.Module) -> nn.Module | None:
