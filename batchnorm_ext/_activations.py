@@ -54,6 +54,9 @@ _MODULES: dict[type, tuple[str, ...]] = {
 }
 
 
+_FORWARDS = {kind: kind.forward for kind in (*_MODULES, nn.GELU)}
+
+
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     """The name that the operators take, for a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
@@ -124,8 +127,9 @@ def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
 
 
 def is_activation(module: object) -> bool:
-    """Whether :func:`activation_name` has a name for this module."""
-    return type(module) in _MODULES or type(module) is nn.GELU
+    """Whether :func:`activation_name` has a name for what this module does."""
+    kind = type(module)
+    return kind in _FORWARDS and kind.forward is _FORWARDS[kind]  # as it was imported
 
 
 def _parsed(activation: str) -> tuple[Callable, list[float]]:

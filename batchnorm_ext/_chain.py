@@ -34,6 +34,15 @@ FUSED_NORMS = frozenset(
     if name.startswith(("BatchNorm", "InstanceNorm", "GroupNorm"))
 )
 
+# the classes that a norm has its forward from, and that forward
+_FORWARDS = {
+    kind: [
+        (base, base.forward)
+        for base in (kind, next(b for b in kind.__mro__ if b.__module__.startswith("torch.nn.")))
+    ]
+    for kind in FUSED_NORMS
+}
+
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling the module is calling the forward of its class, and no hook sees it."""
@@ -48,9 +57,12 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether it calls its children one after the other."""
-    forward = type(module).forward
-    return forward is nn.Sequential.forward or hasattr(forward, "runs_sequential")
+    """Whether calling it is calling its children one after the other."""
+    kind = type(module)
+    if not isinstance(module, nn.Sequential) or kind.__iter__ is not nn.Sequential.__iter__:
+        return False
+    own = kind.forward is nn.Sequential.forward or hasattr(kind.forward, "runs_sequential")
+    return own and kind.__call__ is nn.Module.__call__
 
 
 def last_layer(module: nn.Module) -> nn.Module | None:
@@ -93,7 +105,7 @@ def norm_then(
     ``activation`` is a module or a name, with an underscore before it if it is done in place.
     ``written``: "norm" or "residual" if the sum is written into that.
     """
-    while is_sequential(module) and is_plain(module) and module._modules:
+    while last_layer(module) is not module and not torch_module._has_any_global_hook():
         *first, module = module._modules.values()
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
@@ -160,6 +172,8 @@ def group_norm_then(
 def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
     if torch_module._has_any_global_hook() or not is_plain(norm):
         return False
+    if any(base.forward is not forward for base, forward in _FORWARDS[type(norm)]):
+        return False  # someone has replaced it
     if isinstance(activation, nn.Module):
         return is_activation(activation) and is_plain(activation)
     return True

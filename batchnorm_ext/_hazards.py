@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 from batchnorm_ext import _chain
 from batchnorm_ext._activations import activation_name
 from batchnorm_ext._graph import NORMS, Call
-from batchnorm_ext._spelling import Activation, Norm, norm_of, writes
+from batchnorm_ext._spelling import Activation, Norm, norm_of, switches, writes
 
 # With a residual, the backward of these reads their output, where PyTorch's reads their input.
 _OF_OUTPUT = ("relu6", "hardtanh", "leaky_relu")
@@ -62,6 +62,8 @@ class Hazards:
             if node in fusion.nodes or node.op == "get_attr":
                 continue
             name = describe(self.modules, node)
+            if switches(node):
+                return f"{name} comes before the end"
             if state & self._touched(node):
                 return f"{name} comes before the sum and uses what the norm uses"
             if writes(node, self.modules):

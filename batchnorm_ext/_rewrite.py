@@ -18,7 +18,7 @@ class Rewrite:
 
     ``parameters``: the name of each with "tensor", with the number of tensors for a list, or with
     a tuple of its default value. ``reads``: path of a module, name and value of its attribute.
-    ``members``: path of a module, and of each child the name and whether it is not None.
+    ``members``: path of a module, and of each child the name and what it is.
     ``passes``: paths of modules that are left out because they do nothing.
     """
 
@@ -121,7 +121,34 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def members_of(module: nn.Module) -> tuple:
-    return tuple((name, child is not None) for name, child in module._modules.items())
+    """Names of the children, and what a graph takes for granted of each: its class, which a forward
+    may ask for, and whether it writes into what it is given, where hooks do not see it."""
+    return tuple(
+        (name, child if child is None else (_class_name(type(child)), _writes(child)))
+        for name, child in module._modules.items()
+    )
+
+
+def _writes(module: nn.Module) -> bool:
+    return bool(module.__dict__.get("inplace")) and _chain.is_plain(module)
+
+
+_class_names: dict[type, str] = {}
+
+
+def _class_name(kind: type) -> str:
+    """The same before and after fusing and converting."""
+    name = _class_names.get(kind)
+    if name is None:
+        base = vars(kind).get("_batchnorm_ext_base", kind)
+        home = base.__module__
+        if home.startswith(("torch.nn.", "batchnorm_ext.")):
+            home = "torch"
+        name = _class_names[kind] = f"{home}.{base.__qualname__}"
+    return name
+
+
+_class_name._dynamo_marked_constant = True  # a compiler would guard the dictionary
 
 
 def install(module: nn.Module, rewrites: list[Rewrite]) -> None:

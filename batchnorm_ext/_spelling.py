@@ -246,6 +246,15 @@ def writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return name.endswith("_") or "out" in node.kwargs or _is_in_place(node)
 
 
+def switches(node: fx.Node) -> bool:
+    """Whether functions do something else after the node: autograd, autocast, transforms."""
+    if node.op != "call_function" or getattr(node.target, "__module__", None) is None:
+        return False
+    home, name = node.target.__module__.partition(".")[0], node.target.__name__
+    return home == "torch" and (name.startswith(_SWITCHES) or name.endswith("_nesting"))
+
+
+_SWITCHES = ("set_", "_set_", "_enter_", "_exit_", "_push_", "_pop_", "_saved_tensors_hooks_")
 _WRITERS = {function for name, function in vars(operator).items() if name.startswith("__i")}
 _WRITERS -= {operator.inv, operator.invert, operator.is_, operator.index}
 

@@ -4,10 +4,14 @@ torch.fx takes for granted that a forward does the same in every call. Here what
 for the caller to compare later, and a forward that does what its graph does not show is refused.
 """
 
+import builtins
 import inspect
+import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,7 +20,7 @@ from torch.fx.proxy import TraceError
 from torch.overrides import TorchFunctionMode
 
 from batchnorm_ext import _chain
-from batchnorm_ext._watch import Watch, is_torch
+from batchnorm_ext._watch import Watch, is_bound_builtin, is_torch
 
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size)
@@ -24,6 +28,8 @@ _PLAIN += (torch.dtype, torch.device, torch.memory_format, torch.layout, type)
 _PLAIN += (FunctionType, BuiltinFunctionType)
 _CODE = (FunctionType, MethodType, BuiltinFunctionType, property, classmethod, staticmethod)
 _CODE += (type(object.__init__), type(str.join))
+# attributes of a tensor that may be None
+_MAY_BE_NONE = ("grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks")
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Dependencies:
 
     reads: dict[tuple[str, str], object] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)  # why it is no graph
+    parents: set[str] = field(default_factory=set)  # paths of modules whose children are read
 
     def refuse(self, reason: str) -> NoReturn:
         self.reasons.append(reason)  # a forward may catch what it raises
@@ -48,7 +55,7 @@ class Dependencies:
 def _is_constant(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
-    return isinstance(value, _PLAIN)
+    return isinstance(value, _PLAIN) and not is_bound_builtin(value)
 
 
 class _Recorded:
@@ -76,6 +83,8 @@ class _Recorded:
             raise
         if value is None:  # a parameter, buffer or module that there is not
             dependencies.note(path, name, value)
+        elif isinstance(value, nn.Module):
+            dependencies.parents.add(path)
         return value
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -107,9 +116,13 @@ def _twin(
 
 
 class _Proxy(fx.Proxy):
-    """An instance of Tensor where a forward asks, which records operators in place."""
+    """Keeps what is done in place, and has no attributes that say what only the value can say."""
 
-    __class__ = property(lambda self: Tensor)
+    def __getattr__(self, name: str) -> fx.Proxy:
+        known = self.node.op != "placeholder" or hasattr(Tensor, name)
+        if name in _MAY_BE_NONE or not (known or name.startswith("__")):
+            self.tracer.dependencies.refuse(f"it reads {name} of a value")
+        return super().__getattr__(name)
 
 
 def _in_place(function):
@@ -121,6 +134,38 @@ def _in_place(function):
 
 for _function in _chain.IN_PLACE:
     setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
+
+
+_is_instance, _one_at_a_time = isinstance, threading.Lock()
+
+
+def _isinstance(value: object, kinds: object) -> bool:
+    """What a forward is given are tensors. Said here, not by ``__class__``, which torch's C++ code
+    believes too, and then reads a tensor that there is not."""
+    asking = sys._getframe(1).f_globals.get("__name__", "")
+    if not _is_instance(value, fx.Proxy) or is_torch(asking):
+        return _is_instance(value, kinds)
+    kinds = [one for kind in pytree.tree_leaves(kinds) for one in get_args(kind) or (kind,)]
+    if type(value) is not _Proxy or value.node.op != "placeholder" or any(map(_narrows, kinds)):
+        value.tracer.dependencies.refuse("it asks for the type of a value")
+    return Tensor in kinds or object in kinds
+
+
+def _narrows(kind: type) -> bool:
+    """Whether some tensors are of that type and others are not."""
+    if kind is Tensor or issubclass(kind, nn.Module):
+        return False
+    return issubclass(kind, Tensor) or is_torch(kind.__module__)
+
+
+@contextmanager
+def _inputs_are_tensors():
+    with _one_at_a_time:
+        builtins.isinstance = _isinstance
+        try:
+            yield
+        finally:
+            builtins.isinstance = _is_instance
 
 
 class _OfInputs(TorchFunctionMode):
@@ -161,7 +206,8 @@ class Tracer(fx.Tracer):
         if is_torch(home):
             raise TraceError("it is torch's own, or decorated by it")
         twin = _twin(module, "", self.dependencies, training, {})
-        with Watch(type(module).forward) as watch, _OfInputs(self.dependencies):
+        watch, of_inputs = Watch(type(module).forward), _OfInputs(self.dependencies)
+        with watch, of_inputs, _inputs_are_tensors():
             graph = self.trace(twin)  # which becomes self.graph
         if reasons := self.dependencies.reasons + watch.reasons:
             raise TraceError(reasons[0])
@@ -199,6 +245,3 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
-
-    def create_arg(self, a: object) -> object:
-        return a.node if type(a) is _Proxy else super().create_arg(a)

@@ -2,6 +2,7 @@
 
 import dis
 import gc
+import inspect
 import sys
 from collections.abc import Callable
 from types import (
@@ -23,7 +24,10 @@ _ENTRIES = ("torch.fx", "torch.nn.functional", "torch.nn.modules", "torch._jit_i
 _ENTRIES += ("torch.functional", "torch._tensor", "torch.jit", "torch.overrides", "batchnorm_ext")
 _BUILTINS = ("builtins", "math", "_operator", "_functools", "itertools", "_collections")
 _REFUSED = ("print", "open", "input", "exec", "eval", "id", "globals", "locals", "vars", "setattr")
+_REFUSED += ("callable",)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
+_OF_NAMES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
+_OF_CLASSES = (*_FUNCTIONS, classmethod, staticmethod)
 _CONTAINERS = (list, dict, tuple, str, set, frozenset, int, float, bool, type(None), type)
 
 
@@ -53,7 +57,7 @@ class Watch:
             if self._is_of_forward(frame):
                 if frame.f_code not in self.checked:
                     self.checked.add(frame.f_code)
-                    self.reasons += _globals_refusal(frame)
+                    self.reasons += _globals_refusal(frame) + _code_refusal(frame)
             elif frame.f_back is not None and self._is_of_forward(frame.f_back):
                 self.reasons += _entry_refusal(frame)
 
@@ -100,6 +104,32 @@ def _builtin_refusal(function: BuiltinFunctionType) -> list[str]:
     return [] if fine else [f"it calls {name} of {home or type(owner).__qualname__}"]
 
 
+def _code_refusal(frame: FrameType) -> list[str]:
+    """What happens without a call."""
+    reasons: list[str] = []
+    owner: type | None = None  # the class of a program that was loaded last
+    for instruction in dis.get_instructions(frame.f_code):
+        kind, name = instruction.opname, instruction.argval
+        if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = frame.f_globals.get(name)
+            owner = value if isinstance(value, type) and not is_torch(value.__module__) else None
+            if name == "type" and name not in frame.f_globals:
+                reasons.append("it asks for a type")
+        elif kind == "IMPORT_NAME" and name.partition(".")[0] not in (*_MODULES, "batchnorm_ext"):
+            reasons.append(f"it imports {name or 'from its package'}")
+        elif kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            reasons.append(f"it sets the global {name}")
+        elif kind == "MATCH_CLASS" or name in ("__class__", "__dict__") and kind in _OF_NAMES:
+            reasons.append("it asks for a type" if name != "__dict__" else "it reads __dict__")
+        elif kind in _OF_NAMES and owner is not None:
+            value = inspect.getattr_static(owner, name, None)
+            if not kind.startswith("LOAD") or not isinstance(value, _OF_CLASSES):
+                reasons.append(f"it uses {owner.__name__}.{name}")
+        if kind not in ("LOAD_GLOBAL", "LOAD_NAME", "COPY", "CACHE"):
+            owner = None
+    return reasons
+
+
 def _globals_refusal(frame: FrameType) -> list[str]:
     code = frame.f_code
     names = {
@@ -126,6 +156,12 @@ def _is_code(value: object) -> bool:
     if isinstance(value, type):
         return issubclass(value, (nn.Module, BaseException)) or is_torch(value.__module__)
     home = type(value).__module__
-    return (
-        value is None or isinstance(value, _FUNCTIONS) or home in ("typing", "types", "torch._ops")
-    )
+    if isinstance(value, _FUNCTIONS):
+        return not is_bound_builtin(value)
+    return value is None or home in ("typing", "types", "torch._ops")
+
+
+def is_bound_builtin(value: object) -> bool:
+    """Whether it is a method, as ``append`` of some list."""
+    owner = getattr(value, "__self__", None) if isinstance(value, BuiltinFunctionType) else None
+    return owner is not None and not isinstance(owner, (ModuleType, type))

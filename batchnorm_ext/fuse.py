@@ -199,7 +199,7 @@ def _rewrite(module: nn.Module, tracer: Tracer, fusions: Fusions) -> Rewrite:
         for p in tracer.parameters
     ]
     reads = [(path, name, value) for (path, name), value in tracer.dependencies.reads.items()]
-    parents = {""}
+    parents = {"", *tracer.dependencies.parents}
     for path, own in module.named_modules():
         if isinstance(own, (nn.ModuleList, nn.ModuleDict)):
             parents.add(path)

@@ -125,6 +125,26 @@ def test_what_is_left(run, reason, reports):
     assert report.done == {} and reason in " ".join(report.left.values()), str(report)
 
 
+def _no_grad(m, x):
+    with torch.no_grad():
+        y = m.bn1(x)
+    return F.relu(y + m.conv1(x))
+
+
+def _autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = m.bn1(x)
+    return F.relu(y)
+
+
+@pytest.mark.parametrize("run", [_no_grad, _autocast])
+@pytest.mark.parametrize("convert", [copy.deepcopy, batchnorm_ext.convert])
+def test_a_norm_stays_where_autograd_and_autocast_are_as_they_were(run, convert, reports):
+    model = convert(randomized(block(run, bn1=nn.GroupNorm(2, C), bn2=None)))
+    assert_same(compiled(model), copy.deepcopy(model), image())
+    assert reports[0].done == {} and "comes before the end" in str(reports[0])
+
+
 def test_hooks_are_part_of_the_graph(reports):
     model = randomized(block(lambda m, x: m.relu(m.bn1(x)), bn2=None))
     model.bn1.register_forward_hook(lambda module, args, output: output * 2)

@@ -31,6 +31,10 @@ class Settings:
     flag = True
 
 
+class Layer(nn.Module):
+    flag = True
+
+
 def _counts(m, x):
     m.calls = m.calls + 1
     return m.relu(m.bn1(x))
@@ -80,6 +84,25 @@ def _grad_mode(m, x):
     return m.relu(m.bn1(x)) if torch.is_grad_enabled() else x
 
 
+def _imports(m, x):
+    import random
+
+    return m.relu(m.bn1(x)) if random.random() < 2 else x
+
+
+def _sets_a_global(m, x):
+    global FLAG
+    FLAG = True
+    return m.relu(m.bn1(x))
+
+
+def _matches(m, x):
+    match x:
+        case nn.Parameter():
+            return x
+    return m.relu(m.bn1(x))
+
+
 def _checkpointed(m, x):
     from torch.utils.checkpoint import checkpoint
 
@@ -103,11 +126,30 @@ def _checkpointed(m, x):
         (_noise, "it calls rand on nothing that it is given"),
         (_grad_mode, "it calls is_grad_enabled of torch"),
         (_checkpointed, ""),
+        (_imports, "it imports random"),
+        (_sets_a_global, "it sets the global FLAG"),
+        (_matches, "it asks for a type"),
+        (lambda m, x: m.relu(m.bn1(x)) if Layer.flag else x, "it uses Layer.flag"),
+        (lambda m, x: m.relu(m.bn1(x)) if type(m).__name__ else x, "it asks for a type"),
+        (lambda m, x: m.relu(m.bn1(x)) if m.__class__.__name__ else x, "it asks for a type"),
+        (lambda m, x: m.relu(m.bn1(x)) if m.__dict__["training"] else x, "it reads __dict__"),
+        (lambda m, x: m.relu(m.bn1(x)) if x.grad_fn is None else x, "it reads grad_fn of a value"),
+        (lambda m, x: m.relu(m.bn1(x)) if hasattr(x, "mask") else x, "it reads mask of a value"),
+        (lambda m, x: m.relu(m.bn1(x)) if callable(x) else x, "it calls callable of builtins"),
+        (
+            lambda m, x: m.relu(m.bn1(x)) if isinstance(x, nn.Parameter) else x,
+            "it asks for the type of a value",
+        ),
+        (
+            lambda m, x: m.relu(m.bn1(x)) if isinstance(m.conv1(x), tuple) else x,
+            "it asks for the type of a value",
+        ),
+        (lambda m, x: (m.log(x), m.relu(m.bn1(x)))[1], "it reads log, a builtin_function"),
     ],
 )
 def test_forwards_that_are_no_graphs(run, reason):
     model = block(run)
-    model.calls, model.kept, model.table = 0, [], [2.0]
+    model.calls, model.kept, model.table, model.log = 0, [], [2.0], [].append
     randomized(model)
     fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
     assert report.done == {} and f"is no graph: {reason}" in report.left["bn1"], str(report)
@@ -126,6 +168,35 @@ def test_forwards_with_comprehensions_and_helpers():
     model = block(run, bn2=None)
     fused = assert_fuses(model, image(), 1)
     assert batchnorm_ext.fuse(fused, report=True)[1].done["bn1"] == "with relu; with relu"
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: torch.ones((x.size(0), 1, 1, 1), dtype=x.dtype),
+        lambda x: torch.full((x.shape[0], 1, 1, 1), 0.5, dtype=x.dtype),
+        lambda x: torch.reshape(x, (x.shape[0], -1)).mean(),
+        lambda x: F.avg_pool2d(x, x.size()[2:]),
+        lambda x: torch.unsqueeze(x, x.dim()).mean(),
+        lambda x: x * 2 if isinstance(x, torch.Tensor) and not isinstance(x, list) else x,
+    ],
+)
+def test_sizes_and_types_of_what_a_forward_is_given(of):
+    """Sizes are no numbers while it is traced, nor tensors, for which C++ code would take them."""
+    assert_fuses(block(lambda m, x: m.relu(m.bn1(m.conv1(x))) * of(x), bn2=None), image(), 1)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: torch.rand(x.size(0), 1, 1, 1, dtype=x.dtype),
+        lambda x: torch.tensor(x.shape[0]),
+        lambda x: torch.as_tensor(x),
+    ],
+)
+def test_sizes_that_a_function_needs_at_once(of):
+    model = block(lambda m, x: m.relu(m.bn1(m.conv1(x))) * of(x))
+    assert_leaves(model, "the model (fusing.Model) is no graph")
 
 
 def test_decorated_forwards():
@@ -166,6 +237,83 @@ def test_layers_appended_later():
     layer = conv().double()
     for each in (model, fused):
         each.layers.append(copy.deepcopy(layer))
+    assert_same(fused, model, image())
+
+
+def _in_place(m, x):
+    y = m.conv1(x)
+    return m.relu(m.bn1(m.conv2(x))) + m.act(y) + y
+
+
+def _in_place_between(m, x):
+    y = m.conv1(x)
+    return F.silu(m.bn1(y) + m.conv2(m.act(y)))
+
+
+def _by_type(m, x):
+    y = m.relu(m.bn1(x))
+    return y if isinstance(m.act, nn.ReLU) else y + m.act(y)
+
+
+def _in_place_no_more(m):
+    m.act.inplace = False
+
+
+def _in_place_from_now_on(m):
+    m.act.inplace = True
+
+
+def _replaced(m):
+    m.act = nn.SiLU()
+
+
+def _hooked(m):
+    m.act.register_forward_hook(lambda module, args, output: output * 3)
+
+
+@pytest.mark.parametrize(
+    "run, in_place, change",
+    [
+        (_in_place, True, _in_place_no_more),
+        (_in_place, True, _replaced),
+        (_in_place, True, _hooked),
+        (_in_place_between, False, _in_place_from_now_on),
+        (_by_type, False, _replaced),
+    ],
+)
+def test_layers_around_are_changed_later(run, in_place, change):
+    """What is written to, and what a forward asks of its layers, is part of the graph."""
+    model = randomized(block(run, bn2=None, act=nn.ReLU(in_place)))
+    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    assert list(report.done) == ["bn1"]
+    for each in (model, fused):
+        change(each)
+    assert_same(fused, model, image(), backward=False)
+
+
+def test_hooks_of_all_modules_see_every_layer():
+    model = nn.Sequential(nn.Sequential(conv(), norm()), nn.ReLU())
+    fused, calls = batchnorm_ext.fuse(copy.deepcopy(model)), []
+    hook = nn.modules.module.register_module_forward_hook(lambda *call: calls.append(call[0]))
+    try:
+        model(torch.randn(2, 6, 4, 4))
+        expected = [type(module).__name__ for module in calls]
+        calls.clear()
+        fused(torch.randn(2, 6, 4, 4))
+    finally:
+        hook.remove()
+    assert [type(module).__name__ for module in calls] == expected
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm, nn.ReLU])
+@pytest.mark.parametrize("before", [True, False])
+def test_forwards_of_torchs_classes_are_replaced(kind, before, monkeypatch):
+    native = kind.forward
+    model = randomized(block(lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x)))
+    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    monkeypatch.setattr(kind, "forward", lambda layer, x: native(layer, x) * 2)
+    if before:
+        fused = batchnorm_ext.fuse(copy.deepcopy(model))
     assert_same(fused, model, image())
 
 

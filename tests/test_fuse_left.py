@@ -162,6 +162,35 @@ def test_layers_that_have_no_fused_form():
     assert_same(batchnorm_ext.fuse(copy.deepcopy(model)), model, image())
 
 
+class Backwards(nn.Sequential):
+    def __iter__(self):
+        return iter([*self._modules.values()][::-1])
+
+
+class Tripled(nn.Sequential):
+    def __call__(self, x):
+        return super().__call__(x) * 3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Backwards(conv(), norm(), nn.ReLU()),
+        Tripled(nn.Sequential(Tripled(conv(), norm()), nn.ReLU()), conv()),
+    ],
+)
+def test_subclasses_of_sequential_that_are_called_otherwise(model):
+    randomized(model)
+    assert_same(batchnorm_ext.fuse(copy.deepcopy(model)), model, image())
+
+
+def test_scripted_layers_are_left():
+    scripted = torch.jit.script(nn.Sequential(conv(), norm(), nn.ReLU()))
+    model = randomized(nn.Sequential(scripted, conv(), norm(), nn.ReLU()))
+    _, report = batchnorm_ext.fuse(model, report=True)
+    assert list(report.done) == ["2"]
+
+
 def test_subclass_whose_forward_is_a_graph():
     """As timm's BatchNormAct2d, but for the name."""
 
