@@ -56,6 +56,7 @@ test: $(BUILT) $(VENV)/.test
 bench: $(BUILT) $(VENV)/.bench
 	$(PY) benchmarks/bench.py --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/bench.py --family --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
+	$(PY) benchmarks/bench.py --fused --allocator both --runs $(if $(BENCH),1,3) --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/model.py --allocator both --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/model.py --settings --out $(RUNS) $(BENCH)
 	$(PY) benchmarks/bench_sync.py --allocator tcmalloc --out $(RUNS) $(BENCH)

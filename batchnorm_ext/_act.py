@@ -4,12 +4,17 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._activations import activate, activation_name
+from batchnorm_ext._activations import activation_name, can_fuse, then
 from batchnorm_ext._native import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, Native
 from batchnorm_ext._normalize import by_operator, normalize
 from batchnorm_ext._rows import as_autocast
 
-__all__ = ["batch_norm_act", "check_residual", "group_norm_act", "instance_norm_act", "then"]
+__all__ = [
+    "batch_norm_act",
+    "check_residual",
+    "group_norm_act",
+    "instance_norm_act",
+]
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:
@@ -46,10 +51,11 @@ def batch_norm_act(
     .. math:: y = \phi\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}
         * \gamma + \beta + r\right)
 
-    What a network computes as ``relu(batch_norm(x) + r)`` in three passes through memory forward
-    and eight backward takes three and five. Backward recomputes what the activation was given from
-    ``input``; after a residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` look at the
-    output instead: nothing is kept that the network would not keep anyway. Source of the
+    ``relu(batch_norm(x) + r)`` in three operators reads or writes tensors of this size at least
+    seven times forward and six backward; this function does so three and five times at best.
+    Backward computes the argument of the activation again from ``input`` and ``residual``; after a
+    residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` read the output instead. No more
+    is kept for the backward than by PyTorch's functions, which compute it on CUDA. Source of the
     normalization: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
@@ -83,7 +89,6 @@ def batch_norm_act(
     if (
         momentum is not None
         and not _ops.leaves_process()
-        and has_kernels_for(input, residual, name)
         and _ops.takes(BATCH_NORM, (*tensors, residual))
     ):
         options = (None, None, training, momentum, eps, 0, residual, name)
@@ -115,6 +120,7 @@ def instance_norm_act(
 
     Raises:
         ValueError: as :func:`batch_norm_act`; one element per sample and channel.
+        RuntimeError: as :func:`batchnorm_ext.functional.instance_norm`.
 
     Example::
 
@@ -175,32 +181,18 @@ def _of_samples(
 ) -> Tensor:
     name = activation_name(activation)
     check_residual(input, residual)
-    cells = isinstance(input, Tensor) and input.dim() > 1 and input.size(0) * input.size(1)
-    if (
-        not _ops.leaves_process()
-        and type(groups) is int
-        and groups > 0
-        and input.numel() > cells  # else parameters differ within a statistic
-        and has_kernels_for(input, residual, name)
-    ):
+    if not _ops.leaves_process() and type(groups) is int and groups > 0:
         x = as_autocast(input) if native is GROUP_NORM else input
         added = residual if residual is None else residual.to(x.dtype)
-        rest = (weight, bias, None, None, True, eps, groups, True, 1, added, name)
+        # with one element per sample and channel, parameters differ within a statistic
+        cells = input.shape[:2].numel()
+        fused = input.numel() > cells and can_fuse(input, residual, name)
+        rest = (added, name) if fused else (None, "")
+        rest = (weight, bias, None, None, True, eps, groups, True, 1, *rest)
         tensors = (input, weight, bias, residual)
         y = by_operator(native, eps, tensors, _ops.batch_norm, x, *rest)
         if y is not None:
-            return y
+            return y if fused else then(y, residual, name)
     if native is GROUP_NORM:
         return then(native(input, groups, weight, bias, eps), residual, name)
     return then(native(input, None, None, weight, bias, True, 0.0, eps), residual, name)
-
-
-def has_kernels_for(input: Tensor, residual: Tensor | None, activation: str) -> bool:
-    """On a CPU, unless backward would look at an output that a negative slope has folded."""
-    folds = residual is not None and activation.startswith("leaky_relu(-")
-    return not folds and not getattr(input, "is_cuda", False)
-
-
-def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """What follows a normalization, by PyTorch's functions."""
-    return activate(y if residual is None else y + residual, activation)

@@ -1,4 +1,4 @@
-"""Activations: by the names that the operators know, by PyTorch's functions, by its modules."""
+"""Activations: the names that the operators know, PyTorch's functions and modules for them."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["activate", "activate_in_place", "activation_name", "is_activation"]
+__all__ = [
+    "activate",
+    "activate_in_place",
+    "activation_name",
+    "can_fuse",
+    "is_activation",
+    "pays",
+    "then",
+]
 
 _FUNCTIONS: dict[str, Callable] = {
     "relu": F.relu,
@@ -25,7 +33,8 @@ _FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-_NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # arguments
+_PIECEWISE = frozenset(("", "relu", "relu6", "hardtanh", "leaky_relu"))
+_NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # of arguments
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 # Module -> name and the attributes that are its arguments.
@@ -49,7 +58,7 @@ _FORWARDS = {kind: kind.forward for kind in (*_MODULES, nn.GELU)}
 
 
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
-    """The name that the operators take, of a name, a module of torch.nn or its class."""
+    """The name that the operators take, for a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
         return _known(activation)
     if isinstance(activation, type) and activation in (*_MODULES, nn.GELU):
@@ -64,10 +73,12 @@ def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
 
 
 def _known(activation: str) -> str:
+    """In the spelling of Python's numbers, which the operators read as well."""
     if activation in ("", "identity"):
         return ""
-    _parsed(activation)
-    return activation
+    arguments = ", ".join(map(repr, _parsed(activation)[1]))
+    name = activation.partition("(")[0]
+    return f"{name}({arguments})" if arguments else name
 
 
 _known._dynamo_marked_constant = True  # a compiler would trace the regular expression
@@ -87,6 +98,32 @@ def activate_in_place(z: Tensor, activation: str) -> Tensor:
     if function in (torch.sigmoid, torch.tanh):
         return getattr(z, f"{activation}_")()
     return function(z, *arguments, inplace=True)
+
+
+def can_fuse(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether the operators take the activation: on a CPU, and backward can read what it needs.
+
+    A ``leaky_relu`` of negative slope gives values of both signs the same sign: after a residual
+    its output does not tell the slope.
+    """
+    folds = residual is not None and activation.startswith("leaky_relu(-")
+    return not folds and not getattr(input, "is_cuda", False)
+
+
+def pays(input: Tensor, activation: str) -> bool:
+    """Whether the fused call takes less time than PyTorch's steps.
+
+    The fused backward computes an activation twice, once for the sums and once for the map. For
+    smooth ones of 16 bits that takes longer than the memory traffic that is saved: 0.6 to 0.9 times
+    the speed (docs/benchmarks.md).
+    """
+    halves = input.dtype in (torch.bfloat16, torch.float16)
+    return not halves or activation.partition("(")[0] in _PIECEWISE
+
+
+def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """What follows a normalization, by PyTorch's functions."""
+    return activate(y if residual is None else y + residual, activation)
 
 
 def is_activation(module: object) -> bool:

@@ -1,8 +1,8 @@
 """What rewritten forwards call: a norm, an addition and an activation, fused where that is right.
 
-Each function computes what the layers would one after the other, and calls them one after the other
-where something lies between that the rewriting could not know: hooks, layers that have been
-replaced, a residual that broadcasts.
+Each function computes what the steps would one after the other. It takes them one after the other
+where a call shows what the rewriting could not know: hooks, layers that have been replaced, a
+residual that broadcasts.
 """
 
 import operator
@@ -14,8 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm_ext import _ops, functional, modules
-from batchnorm_ext._act import batch_norm_act, group_norm_act, has_kernels_for, instance_norm_act
-from batchnorm_ext._activations import activate, activate_in_place, activation_name, is_activation
+from batchnorm_ext._act import batch_norm_act, group_norm_act, instance_norm_act
+from batchnorm_ext._activations import (
+    activate,
+    activate_in_place,
+    activation_name,
+    can_fuse,
+    is_activation,
+    pays,
+)
 from batchnorm_ext._layer import counting, own, statistics
 from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
@@ -38,7 +45,7 @@ _FORWARDS = {
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling the forward of its class, and nothing sees it."""
+    """Whether calling the module is calling the forward of its class, and no hook sees it."""
     members = module.__dict__
     return not (
         members["_forward_hooks"]
@@ -59,7 +66,7 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def last_layer(module: nn.Module) -> nn.Module | None:
-    """The layer that gives the module its result, where nothing sees what that is given."""
+    """The layer whose result is that of the module, if no hook sees the calls on the way."""
     while is_sequential(module) and is_plain(module) and module._modules:
         module = next(reversed(module._modules.values()))
     return module
@@ -72,7 +79,7 @@ def is_pair(norm: nn.Module, following: nn.Module | None) -> bool:
 
 
 def run_sequential(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """Call the layers, those fused that can be."""
+    """Call the layers one after the other, fused where they can be."""
     place = 0
     while place < len(layers):
         layer = layers[place]
@@ -102,7 +109,7 @@ def norm_then(
         *first, module = module._modules.values()
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
-    if taken and _are_plain(module, activation) and _fits(x, residual):
+    if taken and _are_plain(module, activation) and _fits(x, residual, activation):
         y = _fused(module, x, residual, _name(activation))
         if y is not None:
             return y
@@ -124,7 +131,7 @@ def batch_norm_then(
 ) -> Tensor:
     """The same for ``torch.nn.functional.batch_norm``."""
     arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return batch_norm_act(*arguments, _name(activation), residual)
     return _finish(functional.batch_norm(*arguments), activation, residual, written)
 
@@ -139,7 +146,7 @@ def instance_norm_then(
     written: str,
 ) -> Tensor:
     """The same for ``torch.nn.functional.instance_norm`` without running statistics."""
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return instance_norm_act(input, weight, bias, eps, _name(activation), residual)
     y = functional.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
     return _finish(y, activation, residual, written)
@@ -156,7 +163,7 @@ def group_norm_then(
     written: str,
 ) -> Tensor:
     """The same for ``torch.nn.functional.group_norm``."""
-    if _fits(input, residual):
+    if _fits(input, residual, activation):
         return group_norm_act(input, num_groups, weight, bias, eps, _name(activation), residual)
     y = functional.group_norm(input, num_groups, weight, bias, eps)
     return _finish(y, activation, residual, written)
@@ -172,14 +179,15 @@ def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
     return True
 
 
-def _fits(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the sum is of the shape and the dtype of x, which a norm keeps."""
-    return residual is None or (
+def _fits(x: Tensor, residual: Tensor | None, activation: nn.Module | str | None) -> bool:
+    """Whether to fuse: the residual is like x, and so like the output of a norm."""
+    like = residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
+    return like and pays(x, _name(activation))
 
 
 def _name(activation: nn.Module | str | None) -> str:
@@ -225,7 +233,7 @@ def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) 
     weight, bias = own(norm, "_parameters", "weight"), own(norm, "_parameters", "bias")
     mean, var, batches = statistics(norm)
     tensors = (x, mean, var, weight, bias, residual)
-    kernels = has_kernels_for(x, residual, name) and not _ops.leaves_process()
+    kernels = can_fuse(x, residual, name) and not _ops.leaves_process()
     if not kernels or not _ops.takes(BATCH_NORM, tensors):
         return None
     norm._check_input_dim(x)
@@ -236,8 +244,11 @@ def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) 
 
 
 def _in_place(name: str) -> Callable:
-    """``a += b`` and the like as a function: the code that torch.fx writes for the operators of
-    Python also changes what other names of a number stand for."""
+    """``a += b`` and the like as a function.
+
+    For ``operator.iadd`` torch.fx writes the statement ``a += b``. If ``a`` is a number, that also
+    changes what later nodes read as ``a``.
+    """
     function = getattr(operator, name)
 
     def write(value: object, other: object) -> object:

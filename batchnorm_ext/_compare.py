@@ -7,7 +7,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-# Between two correct models in float64: roundings that a deep network in training amplifies.
+# Of the largest value: two correct models differ in float64 by roundings, which a deep network in
+# training amplifies.
 _CLOSE = 1e-6
 
 

@@ -10,10 +10,10 @@ from batchnorm_ext._activations import activation_name
 from batchnorm_ext._graph import NORMS, Call
 from batchnorm_ext._spelling import Activation, Norm, norm_of, switches, writes
 
-# With a residual, the backward of these looks at the output, where PyTorch's looks at their input.
+# With a residual, the backward of these reads their output, where PyTorch's reads their input.
 _OF_OUTPUT = ("relu6", "hardtanh", "leaky_relu")
-# That of relu looks at the output either way, that of no activation at nothing, and that of all
-# others at the residual.
+# The backward of relu reads its output either way; without an activation it reads neither output
+# nor residual. That of all others reads the residual.
 _AS_NATIVE = ("relu", "")
 
 # functions whose results are memory of their own
@@ -23,7 +23,7 @@ _FRESH |= {"linear", "cat", "matmul"}
 
 @dataclass
 class Fusion:
-    """What becomes one call, at the place of the last of ``nodes``, which it replaces."""
+    """Nodes that become one call, which stands in the place of the last of them."""
 
     norm: Norm
     nodes: list[fx.Node]
@@ -46,6 +46,8 @@ class Fusion:
 
 
 class Hazards:
+    """What of a graph a fused call would read at another time than the nodes that it replaces."""
+
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.nodes, self.modules = list(graph.nodes), modules
         self.order = {node: place for place, node in enumerate(self.nodes)}
@@ -84,7 +86,7 @@ class Hazards:
         return ""
 
     def is_private(self, node: fx.Node) -> bool:
-        """Whether the value is memory of its own, which one node alone knows of."""
+        """Whether the value is memory of its own, which one node alone uses."""
         if len(node.users) != 1:
             return False
         if node.op == "call_module":

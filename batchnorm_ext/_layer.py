@@ -9,7 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from batchnorm_ext import _ops, functional
-from batchnorm_ext._act import has_kernels_for
 from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
 from batchnorm_ext._tracking import undone_on_error
@@ -89,16 +88,14 @@ class FusedBatchNorm(Fused):
         return self._forward_or_leave(input)
 
     def _fused_forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+        self, input: Tensor, residual: Tensor | None = None, activation: str = ""
     ) -> Tensor:
-        """``activation``: None of a layer that has neither one nor a residual."""
         more = () if residual is None else (residual,)
         if _ops.leaves_process() and self._exports_as_torch():
             return self._torch_forward(input, *more)
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
         mean, var, batches = statistics(self)
-        fuses = activation is None or has_kernels_for(input, residual, activation)
-        if not fuses or not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias, *more)):
+        if not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias, *more)):
             if batches is None or torch.compiler.is_compiling():
                 return self._torch_forward(input, *more)
             with undone_on_error(batches):
@@ -108,7 +105,7 @@ class FusedBatchNorm(Fused):
         # in evaluation without buffers the statistics are those of the batch
         training = bool(self.training) or (mean is None and var is None)
         tensors = (input, mean, var, weight, bias, batches, counted)
-        options = (training, momentum, self.eps, 0, residual, activation or "")
+        options = (training, momentum, self.eps, 0, residual, activation)
         return normalize(BATCH_NORM, *tensors, *options)
 
     def _exports_as_torch(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchnorm_ext import _ops
-from batchnorm_ext._activations import activate
+from batchnorm_ext._activations import can_fuse, then
 from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track, undone_on_error
 
@@ -34,6 +34,10 @@ def normalize(
     counter that the operator does not take. With ``groups`` each sample has statistics of its own
     for each of so many groups of channels. ``residual`` is added before the activation.
     """
+    if (activation or residual is not None) and not can_fuse(input, residual, activation):
+        state = (running_mean, running_var, weight, bias, num_batches_tracked, counted)
+        y = normalize(native, input, *state, training, momentum, eps, groups)
+        return then(y, residual, activation)
     fits = isinstance(eps, _NUMBER) and (eps > 0 or groups > 0 or (eps == 0 and not training))
     if fits and isinstance(momentum, _MOMENTUM) and isinstance(training, bool):
         try:
@@ -54,7 +58,7 @@ def normalize(
     batches = (num_batches_tracked, counted)
     tensors = (input, running_mean, running_var, weight, bias)
     output = _by_torch(native, *tensors, *batches, training, momentum, eps)
-    return activate(output if residual is None else output + residual, activation)
+    return then(output, residual, activation)
 
 
 def by_operator(

@@ -130,7 +130,7 @@ def weight_norm(*arguments) -> Tensor:
     return _weight_norm(*arguments) if is_dynamo_compiling() else _C.weight_norm(*arguments)
 
 
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+DTYPES = _C.dtypes  # of inputs
 _STRIDED = torch.strided
 _PLAIN = (Tensor, nn.Parameter)
 STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
@@ -173,7 +173,7 @@ def refusal(native: Native, tensors: tuple[Tensor | None, ...]) -> str | None:
         return f"type {type(input).__qualname__}"
     if input.layout is not _STRIDED:
         return f"layout {input.layout}"
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         return f"dtype {input.dtype}"
     if not (input.is_cpu or _has_kernels_for(native, input.device)):
         return f"device {input.device}"

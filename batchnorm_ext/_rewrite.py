@@ -16,14 +16,14 @@ _KEY = "_batchnorm_ext_rewrites"
 class Rewrite:
     """The code of a forward, and what has to be as it was when the code was made.
 
-    ``parameters``: name of each and "tensor", how many tensors are in its list, or its default in a
-    tuple. ``reads``: attributes, by the path of their module and their name. ``members``: names of
-    the children of modules, and what they are. ``passes``: paths of modules that are left out
-    because they do nothing.
+    ``parameters``: the name of each with "tensor", with the number of tensors for a list, or with
+    a tuple of its default value. ``reads``: path of a module, name and value of its attribute.
+    ``members``: path of a module, and of each child the name and what it is. ``passes``: paths of
+    modules that are left out because they do nothing.
     """
 
     source: str
-    names: dict[str, object]  # of the code
+    names: dict[str, object]  # globals of the code
     parameters: list[tuple[str, object]]
     reads: list[tuple[str, str, object]]
     members: list[tuple[str, tuple]]
@@ -58,6 +58,7 @@ class Rewrite:
         return self  # nothing in it belongs to one model
 
     def holds(self, module: nn.Module) -> bool:
+        """Whether the module is as it was when the code was made."""
         for path, name, expected in self.reads:
             value = getattr(_child(module, path), name, self)
             if value is not expected and (type(value) is not type(expected) or value != expected):
@@ -151,7 +152,7 @@ _class_name._dynamo_marked_constant = True  # a compiler would guard the diction
 
 
 def install(module: nn.Module, rewrites: list[Rewrite]) -> None:
-    """Let the module use the rewritten forwards where they hold; none, for ``nn.Sequential``."""
+    """Let the module use the rewritten forwards where they hold; an ``nn.Sequential`` has none."""
     if rewrites:
         module.__dict__[_KEY] = rewrites
     if not is_installed(module):
@@ -172,7 +173,7 @@ def unfuse(model: nn.Module) -> None:
 
 @functools.cache
 def _class_of(base: type) -> type:
-    """A class like ``base`` with another forward, of which pickle knows where it comes from."""
+    """A subclass of ``base`` with another forward. Pickle stores ``base``, and makes it again."""
     as_fused = base.forward
 
     if as_fused is nn.Sequential.forward:

@@ -74,8 +74,11 @@ class Addition:
 
 @dataclass
 class Norm:
-    """A node that normalizes ``input``; ``replacement`` is the function that does more, with
-    arguments after which the activation, the residual and where the sum is written come."""
+    """A node that normalizes ``input``.
+
+    ``replacement(*arguments, activation, residual, written)`` also does what follows; of a module
+    the arguments are the module and ``input``.
+    """
 
     node: fx.Node
     input: fx.Node
@@ -83,7 +86,7 @@ class Norm:
     module: nn.Module | None = None
     replacement: Callable | None = None
     arguments: tuple = ()
-    operator: fx.Node | None = None  # of this library, of which ``node`` takes the output
+    operator: fx.Node | None = None  # of this library; ``node`` is its first result
 
 
 def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
@@ -114,7 +117,7 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | 
 
 
 def addition_of(node: fx.Node) -> Addition | str | None:
-    """None for another node, and why it is not the sum of two values as they are."""
+    """None if it is no addition; a reason if it is not the plain sum of two values."""
     if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
         return None
     values = _bind(node, ["input", "other", "alpha"])
@@ -153,7 +156,7 @@ def norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
 
 
 def is_pass(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the node gives what it is given, and nothing sees that."""
+    """Whether the node is an identity that no hook sees."""
     if node.op != "call_module" or _only_argument(node) is None:
         return False
     module = modules[node.target]
@@ -191,7 +194,7 @@ _FUNCTIONS = {
 
 
 def _norm_of_operator(node: fx.Node, call: fx.Node) -> Norm | None:
-    """The first result of an operator of this library, whose layers a compiler looks into."""
+    """The first result of an operator: Dynamo traces into the layers of this library."""
     operators = (OPS.batch_norm.default, OPS.batch_norm_update.default)
     if node.args[1] != 0 or call.target not in operators:
         return None

@@ -1,7 +1,7 @@
 """The graph of one forward, and all that it depends on besides its arguments.
 
 torch.fx takes for granted that a forward does the same in every call. Here what it reads is noted,
-for the caller to compare later, and a forward whose doings the graph does not show is refused.
+for the caller to compare later, and a forward that does what its graph does not show is refused.
 """
 
 import builtins
@@ -97,7 +97,7 @@ class _Recorded:
 def _twin(
     module: nn.Module, path: str, dependencies: Dependencies, training: bool | None, known: dict
 ) -> nn.Module:
-    """A copy of all modules, with the same parameters; None leaves the mode that they are in."""
+    """A copy of all modules, with the same parameters; ``training`` None keeps the mode of each."""
     if module in known:
         return known[module]
     kind = type(module)
@@ -116,7 +116,7 @@ def _twin(
 
 
 class _Proxy(fx.Proxy):
-    """Keeps what is done in place, and has no attributes that say what only the value can say."""
+    """Records operators in place, and refuses attributes of which only the value knows."""
 
     def __getattr__(self, name: str) -> fx.Proxy:
         known = self.node.op != "placeholder" or hasattr(Tensor, name)
@@ -169,7 +169,7 @@ def _inputs_are_tensors():
 
 
 class _OfInputs(TorchFunctionMode):
-    """Refuses functions of no input, which would run once and for all."""
+    """Refuses functions of no input, whose result would be a constant of the graph."""
 
     def __init__(self, dependencies: Dependencies) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _OfInputs(TorchFunctionMode):
 class Tracer(fx.Tracer):
     """The graph of the forward of one module, in which all others are leaves.
 
-    ``lists``: for parameters that are lists of tensors, of how many.
+    ``lists``: for each parameter that is a list, its number of tensors.
     """
 
     proxy_buffer_attributes = True

@@ -1,6 +1,7 @@
 """What a forward does beside calling modules and functions of its input."""
 
 import dis
+import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 
 _MODULES = ("torch", "math", "operator", "functools", "itertools", "collections", "typing")
 _OURS = ("torch", "batchnorm_ext")
-# what a forward may call of torch that is no function of tensors
+# modules whose Python functions a forward may call
 _ENTRIES = ("torch.fx", "torch.nn.functional", "torch.nn.modules", "torch._jit_internal")
 _ENTRIES += ("torch.functional", "torch._tensor", "torch.jit", "torch.overrides", "batchnorm_ext")
 _BUILTINS = ("builtins", "math", "_operator", "_functools", "itertools", "_collections")
@@ -31,7 +32,7 @@ _CONTAINERS = (list, dict, tuple, str, set, frozenset, int, float, bool, type(No
 
 
 class Watch:
-    """Collects why the graph of a forward that is traced would not be all that it does."""
+    """Collects, while a forward is traced, reasons why its graph would not be all that it does."""
 
     def __init__(self, forward: Callable) -> None:
         self.forward = getattr(forward, "__code__", None)
@@ -39,12 +40,15 @@ class Watch:
         self.checked: set[CodeType] = set()
 
     def __enter__(self) -> "Watch":
-        self.before = sys.getprofile()
+        self.before, self.collects = sys.getprofile(), gc.isenabled()
+        gc.disable()  # its callbacks would look as if the forward called them
         sys.setprofile(self._look)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(self.before)
+        if self.collects:
+            gc.enable()
 
     def _look(self, frame: FrameType, event: str, argument: object) -> None:
         if event == "c_call" and self._is_of_forward(frame):
@@ -58,7 +62,7 @@ class Watch:
                 self.reasons += _entry_refusal(frame)
 
     def _is_of_forward(self, frame: FrameType | None) -> bool:
-        """Whether it is the forward or called by it, and not by what torch does for it."""
+        """Whether it is the frame of the forward or of what it calls, but not by way of torch."""
         if frame is None or is_torch(_home(frame)):
             return False
         while frame is not None and not is_torch(_home(frame)):
@@ -67,7 +71,7 @@ class Watch:
             frame = frame.f_back
         if frame is None:
             return False
-        # a property, or the like
+        # a property of the module, which is read by way of _trace
         getter = frame.f_code.co_name in ("__getattribute__", "__getattr__")
         return getter and _home(frame) == "batchnorm_ext._trace"
 
@@ -146,7 +150,7 @@ def _globals_refusal(frame: FrameType) -> list[str]:
 
 
 def _is_code(value: object) -> bool:
-    """Whether nothing about it changes: no object with attributes, nor a class of a program."""
+    """Whether it stays as it is: code and types, no objects or classes that hold settings."""
     if isinstance(value, ModuleType):
         return value.__name__.partition(".")[0] in (*_MODULES, "batchnorm_ext")
     if isinstance(value, type):

@@ -23,9 +23,9 @@ def backend(
     """Fuse norms with additions and activations, then compile with inductor or another backend.
 
     What ``torch.compile(model, backend="batchnorm_ext")`` calls for each graph. The model may have
-    the layers of ``torch.nn`` or of this library; it is compiled by :func:`fuse_graph` before
-    autograd sees it, so that the fused operators decide what is kept for the backward. Other norms
-    stay what they are.
+    the layers of ``torch.nn`` or of this library. :func:`fuse_graph` runs before autograd sees the
+    graph, so that the fused operators decide what is kept for the backward. Norms that nothing
+    follows stay what they are.
 
     Args:
         graph_module: of torch functions, as ``torch.compile`` makes it.

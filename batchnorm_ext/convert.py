@@ -115,16 +115,17 @@ def convert_sync_batchnorm(
 
 
 def revert(module: Module) -> Module:
-    """Undo :func:`fuse` and :func:`convert_sync_batchnorm`, and :func:`convert` without the latter.
+    """Undo :func:`fuse`, and of each layer the last conversion.
 
     Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
     ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes
     the ``torch.nn`` layer it stands for; layers that went through both conversions get there by a
-    second ``revert``. In place and as lossless as :func:`convert`; subclasses of this library's
-    layers are left as they are.
+    second ``revert``. Modules whose forward :func:`fuse` has rewritten run their own again. In
+    place and as lossless as :func:`convert`; subclasses of this library's layers are left as they
+    are.
 
     Args:
-        module: any module, converted or built with this library's classes.
+        module: any module, fused, converted or built with this library's classes.
 
     Returns:
         ``module``.

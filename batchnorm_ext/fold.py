@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from batchnorm_ext import modules
+from batchnorm_ext import _ops, modules
 from batchnorm_ext._graph import NORMS, Call, Chain, Report, chains
 from batchnorm_ext._weights import Weights, channels
 from batchnorm_ext.population import float64_affine
@@ -37,7 +37,6 @@ _LAYERS = {nn.Linear: 0} | {
 _LAYER_BASES = (_ConvNd, nn.Linear)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _IN_TRAINING = "in training mode: call model.eval() first"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -220,7 +219,7 @@ class _Plan:
             return reason
         if any(type(own) not in (nn.Parameter, type(None)) for own in (layer.weight, layer.bias)):
             return "its weight or bias is no parameter"
-        if layer.weight.dtype not in _DTYPES:
+        if layer.weight.dtype not in _ops.DTYPES:
             return f"its weight has dtype {layer.weight.dtype}"
         return ""
 

@@ -52,8 +52,7 @@ def batch_norm(
         input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
             output keeps it. Any other input is handed to :func:`torch.nn.functional.batch_norm`.
         running_mean, running_var: ``(C,)``, or both None (then ``training`` must be true). In
-            training they move to the statistics of the batch by ``momentum``, the variance to the
-            unbiased one.
+            training they move to those of the batch by ``momentum``, the variance to the unbiased.
         weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of
             input's dtype.
         training: use the statistics of the batch.
@@ -114,11 +113,10 @@ def instance_norm(
     Stylization*, 2016, equation 2.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
-            format; the output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
         running_mean, running_var: ``(C,)``, or both None. With ``use_input_stats`` they move to the
-            average of the statistics over the samples by ``momentum``, the variance to the unbiased
-            one.
+            average over the samples by ``momentum``, the variance to the unbiased one.
         weight, bias: gamma and beta, ``(C,)``. These and the running statistics are float32 or of
             input's dtype.
         use_input_stats: use the statistics of the input; otherwise the running ones.
@@ -176,8 +174,8 @@ def group_norm(
     *Group Normalization*, 2018, equations 1, 2 and 7.
 
     Args:
-        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, on a CPU, in any memory
-            format; the output keeps it. Any other input is handed to PyTorch's function.
+        input: ``(N, C, *)`` in float32, float64, bfloat16 or float16, in any memory format; the
+            output keeps it. Any other input is handed to PyTorch's function.
         num_groups: number of groups, which divides C.
         weight, bias: gamma and beta, ``(C,)``, float32 or of input's dtype.
         eps: added to the variance.
@@ -225,7 +223,8 @@ def layer_norm(
 
     Args:
         input: ``(*, *normalized_shape)`` or, with ``channel_dim``, ``(N, C, *)``, in float32,
-            float64, bfloat16 or float16, on a CPU. Any other input is handed to PyTorch's function.
+            float64, bfloat16 or float16. Any other input is handed to PyTorch's function, on CUDA
+            also one without ``channel_dim``.
         normalized_shape: sizes of the last dimensions, or ``(C,)``.
         weight, bias: gamma and beta of that shape, float32 or of input's dtype.
         eps: added to the variance.

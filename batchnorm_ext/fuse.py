@@ -64,10 +64,10 @@ def fuse(
             hooks and names are those of before; modules with a rewritten forward get a class of the
             same name, derived from theirs, which ``pickle`` and ``copy.deepcopy`` take.
             :func:`revert` undoes it. Fusing twice is harmless. Parameters and inputs: float32,
-            float64, bfloat16 or float16, of any shape; others run step by step.
+            float64, bfloat16 or float16, of any shape, on a CPU; others run step by step.
         example_inputs: a tensor, or a tuple of arguments. A copy of the model runs on them before
             and after, in float64, and outputs and gradients are compared.
-        report: return what has been done, too.
+        report: also return what has been done.
 
     Returns:
         ``model``; with ``report=True`` also an object with ``done`` and ``left``, from the path of
@@ -169,7 +169,7 @@ class _Plan:
                 self.rewrites.setdefault(path, []).append(rewrite)
 
     def _note_lists(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-        """What is given to a module as a list of tensors is one when it is looked into later."""
+        """Note which modules are given lists of tensors, for when their forwards are traced."""
         for node in graph.nodes:
             if node.op == "call_module" and not node.kwargs:
                 module = modules[node.target]
@@ -179,7 +179,7 @@ class _Plan:
                         self.lists.setdefault(module, {})[name] = len(argument)
 
     def _full(self, path: str, module: nn.Module, name: str) -> str:
-        """The path in the model; of a norm's own function its path."""
+        """The path in the model. What the forward of a norm calls has the path of that norm."""
         if isinstance(module, NORMS):
             return path or "the model"
         return f"{path}.{name}" if path else name

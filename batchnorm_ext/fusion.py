@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from batchnorm_ext import _chain
-from batchnorm_ext._act import has_kernels_for
+from batchnorm_ext._activations import can_fuse, pays
 from batchnorm_ext._graph import Report
 from batchnorm_ext._hazards import Fusion, Hazards, describe, example
 from batchnorm_ext._spelling import (
@@ -30,8 +30,8 @@ def fuse_graph(graph_module: fx.GraphModule) -> Report:
     activation`` and ``norm -> addition``, where the norm is batch, instance or group normalization,
     by a module or a function of ``torch.nn`` or of this library, and each step may be spelled as a
     module, function, method or operator, in place or not. In place; the graph computes what it did
-    before: where a residual turns out to broadcast it does so step by step. Source of what is
-    fused: Ioffe & Szegedy 2015, algorithm 1.
+    before: where a residual turns out to broadcast, and on CUDA, it does so step by step.
+    Source of what is fused: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
         graph_module: a graph before autograd, of tensors of any shape and dtype.
@@ -60,7 +60,7 @@ def fuse_graph(graph_module: fx.GraphModule) -> Report:
 
 
 class Fusions:
-    """Those of a graph."""
+    """What is fused in a graph, and why the other norms are left."""
 
     def __init__(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         self.graph, self.modules, self.report = graph, modules, Report("fused")
@@ -111,7 +111,7 @@ class Fusions:
         return path
 
     def _use_results_of_writes(self) -> None:
-        """What is written to and what writing returns are one tensor: from there on the latter."""
+        """A write and what it writes to are one tensor: later nodes use the result of the write."""
         for node in self.graph.nodes:
             written = self._written_by(node)
             if written is None:
@@ -197,12 +197,15 @@ class Fusions:
         return ""
 
     def _kernel_refusal(self, fusion: Fusion) -> str:
-        """An operator of this library has no way to say later that it has no kernels."""
+        """Asked of operators alone, which cannot fall back to PyTorch when they run."""
         name = fusion.activation_name(self.modules)
         input, residual = example(fusion.norm.input), fusion.residual and example(fusion.residual)
-        if fusion.norm.operator is None or has_kernels_for(input, residual, name):
+        if fusion.norm.operator is None:
             return ""
-        return "its operator has no kernels for the activation here"
+        if not can_fuse(input, residual, name):
+            return "its operator has no kernels for the activation here"
+        slow = isinstance(input, Tensor) and not pays(input, name)
+        return "the activation takes longer in its operator" if slow else ""
 
     def _hooks(self, node: fx.Node) -> str:
         plain = node.op != "call_module" or _chain.is_plain(self.modules[node.target])
@@ -238,7 +241,7 @@ class Fusions:
         return f"with {' and '.join(steps)}"
 
     def _rewrite(self, fusion: Fusion, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """``now`` is what a node has become."""
+        """``now(node)`` is what the node has become."""
         norm, last = fusion.norm, fusion.last
         residual = fusion.residual and now(fusion.residual)
         activation: object = fusion.activation_name(self.modules)

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from batchnorm_ext import functional
-from batchnorm_ext._act import check_residual, then
-from batchnorm_ext._activations import activation_name
+from batchnorm_ext._act import check_residual
+from batchnorm_ext._activations import activation_name, then
 from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
 from batchnorm_ext._layer import own
 from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
@@ -13,12 +13,12 @@ __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "GroupNormAct"]
 
 
 class _Activated:
-    """Precedes a normalization in the list of bases; ``activation`` is a name."""
+    """Stands before a normalization in the list of bases. ``activation`` is a name."""
 
     activation: str
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        # without a residual hooks and traced graphs see one argument, as of the normalization
+        # without a residual, hooks and traced graphs see one argument, as they do of a norm
         more = () if residual is None else (residual,)
         return self._forward_or_leave(input, *more)
 

@@ -30,7 +30,15 @@ import norms
 import report
 import results
 import timing
-from cases import DTYPES, FAMILY, USUAL_GROUPS, add_case_options, chosen_cases, family_cases
+from cases import (
+    DTYPES,
+    FAMILY,
+    USUAL_GROUPS,
+    add_case_options,
+    chain_cases,
+    chosen_cases,
+    family_cases,
+)
 
 
 def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> timing.Call:
@@ -52,8 +60,12 @@ def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> timi
 def contestants(what: str, case: dict, sets: list[tuple]) -> dict[str, list[timing.Call]]:
     """Name -> a call for each of the sets of (x, dy)."""
     x = sets[0][0]
-    layers = norms.layers(case.get("norm", "BatchNorm"), x.shape)
-    if "norm" in case:  # parameters are of the dtype of the input, as in model.bfloat16()
+    norm = case.get("norm", "BatchNorm")
+    if " + " in norm:
+        layers = norms.chains(norm, x.detach())
+    else:
+        layers = norms.layers(norm, x.shape)
+    if "hand" in layers:  # parameters are of the dtype of the input, as in model.bfloat16()
         layers = {name: layer.to(x.dtype) for name, layer in layers.items()}
         if x.is_cpu:  # on a GPU, compilers would take most of the minutes of a run
             torch._dynamo.reset()
@@ -117,6 +129,7 @@ def main() -> None:
     add_case_options(parser, results.PASSES, ["fp32", "bf16"], USUAL_GROUPS)
     help = "these norms, or all but BatchNorm, in all of their cases"
     parser.add_argument("--family", nargs="*", choices=FAMILY, help=help)
+    parser.add_argument("--fused", action="store_true", help="norms with what follows them")
     parser.add_argument("--name", default="layers", help="of the CSV file of BatchNorm")
     args = parser.parse_args()
     environment.start(args)
@@ -126,6 +139,9 @@ def main() -> None:
         if args.family is not None:
             cases = family_cases(args.family or FAMILY)[:: 7 if args.quick else 1]
             return run(args, "family", cases, measure, report.family_table)
+        if args.fused:
+            cases = chain_cases()[:: 24 if args.quick else 1]
+            return run(args, "fused", cases, measure, report.family_table)
         cases = chosen_cases(args)[:: 12 if args.quick else 1]
         run(args, args.name, cases, measure, report.layer_report)
 

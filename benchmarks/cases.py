@@ -36,6 +36,14 @@ FAMILY = {
 }
 
 
+# Chains of layers. Shapes are those of ResNet-50, of MobileNetV3 and of diffusion models.
+RESNET_CHAINS = ("BatchNorm + ReLU", "BatchNorm + add + ReLU", "BatchNorm + SiLU")
+OTHER_CHAINS = {
+    "BatchNorm + Hardswish": [(32, 16, 112, 112), (32, 240, 14, 14), (32, 480, 14, 14)],
+    "GroupNorm + SiLU": [(2, 320, 64, 64), (2, 640, 32, 32)],
+}
+
+
 def layer_shapes(name: str, batch: int = 32, size: int = 224) -> Counter:
     """Input shape of every BatchNorm layer -> number of layers, from a run on the meta device."""
     shapes: Counter = Counter()
@@ -76,6 +84,16 @@ def chosen_cases(args) -> list[dict]:
         if layers.keys() & set(args.shapes)
         # (N, C) and a single position are the same memory in both layouts.
         if layout == "nchw" or prod(shape[2:]) > 1
+    ]
+
+
+def chain_cases() -> list[dict]:
+    resnet = [shape for shape in layer_shapes("resnet50") if len(shape) == 4]
+    chains = dict.fromkeys(RESNET_CHAINS, resnet) | OTHER_CHAINS
+    return [
+        {"norm": name, "dtype": dtype, "layout": layout, "shape": shape_name(shape)}
+        for name, shapes in chains.items()
+        for dtype, layout, shape in product(USUAL, LAYOUTS, shapes)
     ]
 
 

@@ -1,13 +1,14 @@
-"""Training steps of whole networks, native and converted, eager and compiled, interleaved.
+"""Training steps of whole networks: native, converted and fused, eager and compiled, interleaved.
 
     python benchmarks/model.py --allocator both
     python benchmarks/model.py --networks resnet50 --layout nchw --dtype bf16 --modes eager
     python benchmarks/model.py --settings
 
 A step is forward, cross entropy, backward and SGD with momentum, on random images. All copies of a
-network start from the same weights. bf16 and fp16 run under autocast. Writes steps-<allocator>.csv
-(steps.csv on a GPU), milliseconds per step. `--settings` measures eager ResNet-50 steps under each
-of SETTINGS instead, and writes settings.csv.
+network start from the same weights. bf16 and fp16 run under autocast. "fused" is the network after
+`fuse` in eager mode, and the native one with the backend "batchnorm_ext" where it is compiled.
+Writes steps-<allocator>.csv (steps.csv on a GPU), milliseconds per step. `--settings` measures
+eager ResNet-50 steps under each of SETTINGS instead, and writes settings.csv.
 """
 
 import copy
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm_ext
+import batchnorm_ext.backend  # registers it
 import environment
 import report
 import results
@@ -73,14 +75,19 @@ def measure(case: dict, args: Namespace) -> Iterator[dict]:
     torch._dynamo.reset()
     steps = {}
     for mode in args.modes:
-        native, ours = copy.deepcopy(original), batchnorm_ext.convert(copy.deepcopy(original))
-        for key, network in ("native", native), ("ours", ours):
-            network = torch.compile(network) if mode == "compiled" else network
+        native, ours, fused = (copy.deepcopy(original) for _ in range(3))
+        batchnorm_ext.convert(ours)
+        if mode == "compiled":
+            native, ours = torch.compile(native), torch.compile(ours)
+            fused = torch.compile(fused, backend="batchnorm_ext")
+        else:
+            batchnorm_ext.fuse(fused)
+        for key, network in {"native": native, "ours": ours, "fused": fused}.items():
             steps[f"{key} {mode}"] = training_step(network, images, labels, DTYPES[case["dtype"]])
     times = interleaved(steps, args.rounds)
     for mode in args.modes:
-        pair = {"native": times[f"native {mode}"], "ours": times[f"ours {mode}"]}
-        yield case | {"mode": mode} | pair | {"disturbance": times["disturbance"]}
+        found = {key: times[f"{key} {mode}"] for key in ("native", "ours", "fused")}
+        yield case | {"mode": mode} | found | {"disturbance": times["disturbance"]}
 
 
 def run_settings(args: Namespace) -> None:

@@ -87,6 +87,35 @@ def layer_of(library, norm: str, shape: tuple[int, ...]) -> nn.Module:
     return getattr(library, norm)(shape[-1], EPS)
 
 
+class Chain(nn.Module):
+    """A norm, an addition and an activation: three modules, or one that takes the residual."""
+
+    def __init__(self, norm: nn.Module, residual: Tensor | None, activation=None) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+        self.residual = None if residual is None else nn.Parameter(residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation is None:
+            return self.norm(x, self.residual)
+        y = self.norm(x)
+        if self.residual is not None:
+            y += self.residual  # in place, as in torchvision
+        return self.activation(y)
+
+
+def chains(name: str, x: Tensor) -> dict[str, nn.Module]:
+    """Name -> what "norm + add + activation" or "norm + activation" is, for this input."""
+    norm, *add, activation = name.split(" + ")
+    residual, module = torch.randn_like(x) if add else None, getattr(nn, activation)(inplace=True)
+    if norm == "GroupNorm":
+        fused = batchnorm_ext.GroupNormAct(GROUPS, x.size(1), module)
+    else:
+        fused = batchnorm_ext.BatchNormAct2d(x.size(1), module)
+    native = Chain(layer_of(nn, norm, x.shape), residual, module)
+    return {"ours": Chain(fused, residual), "native": native}
+
+
 def layers(norm: str, shape: tuple[int, ...]) -> dict[str, nn.Module]:
     """Name -> a layer for inputs of this shape."""
     pair = {"ours": layer_of(batchnorm_ext, norm, shape), "native": layer_of(nn, norm, shape)}

@@ -97,6 +97,15 @@ def step_table(rows: pd.DataFrame) -> str:
     return table(lines, ["network, dtype, layout, batch, mode", *COMPARED])
 
 
+def fused_steps_table(rows: pd.DataFrame) -> str:
+    lines = [
+        [f"{results.NETWORKS[row.network]}, {row.layout}, {row.mode}"]
+        + compared(row.native, row.fused)
+        for row in rows.itertuples()
+    ]
+    return table(lines, ["training step", "native, ms", "fused, ms", "x native"])
+
+
 def settings_table(rows: pd.DataFrame) -> str:
     lines = []
     for (setting, allocator), group in rows.groupby(["setting", "allocator"], sort=False):
@@ -183,7 +192,7 @@ def blocks(directory: Path) -> dict[str, str]:
     """Marker name -> markdown, of all that was measured."""
     files = load(directory)
     keys = ("cpu", "cores", "torch", "commit", "date")
-    named = [rows for name, rows in files.items() if "family" not in name]  # what the README shows
+    named = [rows for name, rows in files.items() if name.startswith(("layers", "steps"))]
     machines = {described({key: rows.attrs[key] for key in keys}) for rows in named}
     found = {"machine": " ".join(sorted(machines))}
     found["machines"] = "\n".join(machine_line(*item) for item in files.items())
@@ -194,6 +203,10 @@ def blocks(directory: Path) -> dict[str, str]:
         tables |= {f"layers-{allocator}": layer_table, f"shapes-{allocator}": shapes_table}
         tables[f"family-{allocator}"] = family_table
         files[f"shapes-{allocator}"] = files.get(f"layers-{allocator}")
+        tables |= {f"fused-{allocator}": family_table}
+        steps = files.get(f"steps-{allocator}")
+        if steps is not None and "fused" in steps:
+            found[f"fused-steps-{allocator}"] = fused_steps_table(steps)
     found |= {
         name: make(files[name]) for name, make in tables.items() if files.get(name) is not None
     }

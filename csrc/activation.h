@@ -1,7 +1,7 @@
 // Activations: names, values y(z) and derivatives y'(z), written once for host and device, scalars and vectors.
 //
-// A new activation is a row of kActivations and, unless it is piecewise linear, a struct of its two functions and a
-// line of with_curve().
+// A new activation is a row of the table in activation_table.h and, unless it is piecewise linear, a struct of its two
+// functions and a line of with_curve().
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,8 @@
 
 namespace batchnorm_ext {
 
-// The shape of an activation. All that are linear between two bounds, with another slope below zero, are one.
+// The shape of an activation. kPiecewise: all that are linear between two bounds, with another slope below zero, such
+// as relu and leaky_relu.
 enum class Curve : int32_t {
   kNone,
   kPiecewise,
@@ -27,16 +28,16 @@ enum class Curve : int32_t {
   kTanh
 };
 
-// Piecewise: z, or slope * z below zero, kept between low and high; NaN is no bound. Elu: alpha is `slope`.
+// kPiecewise: z, or slope * z below zero, kept between low and high; a bound of NaN is none. kElu: `slope` is alpha.
 struct Activation {
   Curve curve = Curve::kNone;
   double slope = 1, low = std::numeric_limits<double>::quiet_NaN(), high = low;
 };
 
-// No activation is as well.
+// True without an activation, too.
 inline bool is_piecewise_linear(const Activation& a) { return a.curve == Curve::kNone || a.curve == Curve::kPiecewise; }
 
-// Functions of numbers; vectors have functions of their own (cpu/activate.h).
+// The functions that the formulas need, for numbers; cpu/activate.h has them for vectors.
 template <typename A>
 struct ScalarMath {
   using V = A;
@@ -47,8 +48,8 @@ struct ScalarMath {
   BATCHNORM_EXT_HD static V erf(V z) { return std::erf(z); }
 };
 
-// NaN and zeros of both signs as in PyTorch: a value of NaN is NaN; its derivative is 0 between two bounds and the
-// slope otherwise.
+// NaN and zeros of both signs give what they give in PyTorch: the value of NaN is NaN, its derivative 0 if there is an
+// upper bound and the slope otherwise.
 template <typename M>
 struct Piecewise {
   using V = typename M::V;
@@ -71,7 +72,8 @@ BATCHNORM_EXT_HD typename M::V sigmoid_of(const typename M::V& z) {
   return V(1) / (V(1) + M::exp(V(0) - z));
 }
 
-// The smooth ones, which grad(dy, z) gives dy * y'(z) of. `alpha` is read by Elu alone.
+// The other curves: value(z) is y(z), grad(dy, z) is dy * y'(z). The last argument of both is alpha, which Elu alone
+// reads.
 struct Elu {
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V value(const V& z, const V& alpha) {
@@ -191,7 +193,7 @@ struct Tanh {
   }
 };
 
-// f(struct of the two functions) for a smooth curve.
+// f(struct of the two functions) for a curve that is not piecewise linear.
 template <typename F>
 BATCHNORM_EXT_HD auto with_curve(Curve curve, const F& f) {
   switch (curve) {

@@ -32,10 +32,10 @@ struct ActivationRow {
   using Tensor = at::Tensor;
 
   const char* name;
-  int arguments;  // at most
+  int arguments;  // that a name may have: all of them or none
   std::array<double, 2> by_default;
   Activation (*make)(double, double);
-  // dy * y'(z) by operators of PyTorch that have derivatives of any order (those of silu and mish have none)
+  // dy * y'(z) by operators of PyTorch that have derivatives of any order: silu_backward and mish_backward have none
   Tensor (*grad)(const Tensor& dy, const Tensor& z, double, double);
 };
 
@@ -100,7 +100,7 @@ inline const ActivationRow kRows[] = {
      {},
      smooth<Curve::kHardswish>,
      [](const Tensor& dy, const Tensor& z, D, D) { return at::hardswish_backward(dy, z); }},
-    {"hardsigmoid",  // PyTorch's derivative is 1/6 in float32, in float64 as well
+    {"hardsigmoid",  // hardsigmoid_backward multiplies float64 values by 1/6 in float32
      0,
      {},
      smooth<Curve::kHardsigmoid>,
@@ -138,7 +138,7 @@ struct ChosenActivation {
   }
 };
 
-// The arguments in "a)" or "a, b)", or nothing if there are others.
+// The arguments in "a)" or "a, b)", or nothing if there are more or fewer than `count`.
 inline std::optional<std::array<double, 2>> parse_arguments(std::string_view text, int count) {
   const std::string list(text);
   const char* at = list.c_str();
@@ -152,7 +152,7 @@ inline std::optional<std::array<double, 2>> parse_arguments(std::string_view tex
   return count > 0 && *at == '\0' ? std::optional(values) : std::nullopt;
 }
 
-// "" is none. Raises ValueError.
+// "" is no activation. Raises ValueError for an unknown one.
 inline ChosenActivation activation_named(std::string_view text) {
   if (text.empty()) return {};
   const size_t bracket = std::min(text.find('('), text.size());

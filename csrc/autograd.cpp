@@ -115,7 +115,7 @@ Outputs forward(const Call& call) {
   return outputs;
 }
 
-// Whose gradients the node below computes: of x, weight and bias, and of a residual.
+// The node of a norm: what it saves, and the gradients of x, weight, bias and a residual.
 struct Norm {
   static constexpr bool is_traceable = true;
   static constexpr const char* name = "batchnorm_ext::Norm";
@@ -126,7 +126,7 @@ struct Norm {
     if (outputs.count.defined() || !spec.activation.empty()) tensors.push_back(outputs.count);
     if (!spec.activation.empty()) {
       tensors.push_back(o.bias.value_or(Tensor()));
-      // where a piecewise linear activation was cut its output tells as well, which the network keeps anyway
+      // the output of a piecewise linear activation tells its slope as well, and the network keeps it anyway
       if (o.residual)
         tensors.push_back(activation_named(spec.activation).make().curve == Curve::kPiecewise ? outputs.y
                                                                                               : *o.residual);

@@ -91,19 +91,19 @@ inline void check_domain(const at::Tensor& x, const Spec& s) {
                               x.sym_sizes(), " and ", groups, " groups");
 }
 
-// Raises for a name that is none.
+// Raises ValueError for an unknown activation.
 inline void check_activation(const at::Tensor& x, const Domain& domain, std::string_view name, bool has_residual) {
   if (name.empty()) return;
   const Activation activation = activation_named(name).make();
   const bool one_per_cell = domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
   TORCH_CHECK_NOT_IMPLEMENTED(domain.parameter_dim == 1 && domain.centred && !one_per_cell,
                               "batch_norm: expected no activation where each element of a statistic has parameters");
-  // the output would not tell what the input was
+  // backward reads the output, which a negative slope makes positive on both sides of zero
   TORCH_CHECK_NOT_IMPLEMENTED(!(has_residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
                               "batch_norm: expected no residual before an activation of negative slope");
 }
 
-// What is added to x before an activation.
+// What is added to the normalized x before the activation.
 inline void check_residual(const at::Tensor& x, const OptionalTensor& residual) {
   TORCH_CHECK(!residual || (residual->scalar_type() == x.scalar_type() && residual->device() == x.device() &&
                             holds(c10::sym_equals(residual->sym_sizes(), x.sym_sizes()))),

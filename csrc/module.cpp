@@ -3,6 +3,7 @@
 // way of torch.ops, where arguments become values of TorchScript, a call takes longer than a small kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "dtype.h"
 
 namespace {
 
@@ -109,11 +111,23 @@ PyMethodDef method(const char* name) {
 PyMethodDef methods[] = {
     method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"), method<weight_norm>("weight_norm"), {}};
 
+// The dtypes of torch that an input may have.
+pybind11::frozenset dtypes() {
+  pybind11::list list;
+  for (int i = 0; i < static_cast<int>(at::ScalarType::NumOptions); ++i) {
+    const auto dtype = static_cast<at::ScalarType>(i);
+    if (batchnorm_ext::with_dtype(dtype, [](auto) {}))
+      list.append(pybind11::handle(reinterpret_cast<PyObject*>(torch::getTHPDtype(dtype))));
+  }
+  return pybind11::frozenset(list);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators of batchnorm_ext";
   m.attr("refusal") = batchnorm_ext::kRefusal;
+  m.attr("dtypes") = dtypes();
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;
 #else

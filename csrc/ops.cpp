@@ -10,7 +10,8 @@ TORCH_LIBRARY(batchnorm_ext, m) {
   // training:    mean = avg(x), invstd = 1 / sqrt(avg((x - mean)^2) + eps)
   // evaluation:  mean = running_mean, invstd = 1 / sqrt(running_var + eps)
   // y = (x - mean) * invstd * weight + bias,  stats = [mean, invstd] in float64, [2, C]
-  // with a residual and an activation (activation_table.h) y = activation(that + residual)
+  // with a residual and an activation (activation_table.h):
+  //   y = activation((x - mean) * invstd * weight + bias + residual)
   // An empty batch has no statistics (NaN).
   m.def(
       "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
@@ -37,9 +38,10 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "ScalarType? bias_dtype=None, int groups=0, bool centred=True, int parameter_dim=1) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // The same through an activation: dresidual = activation'(z) * dy takes the place of dy, z = y before the activation.
-  // `residual` is that of the forward; of relu, relu6, hardtanh and leaky_relu it is the output y, which tells the
-  // sign of z as well, and which a network keeps anyway. dx and dresidual are both computed where there is a residual.
+  // The same through an activation of z: dresidual = activation'(z) * dy takes the place of dy. z is computed again
+  // from x and `residual`. If there was a residual, `residual` is the output y instead for relu, relu6, hardtanh and
+  // leaky_relu: y tells their derivative as well, and a network keeps it anyway. With a residual dx and dresidual are
+  // both computed, whatever output_mask says of dx.
   m.def(
       "batch_norm_activated_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor stats, bool training, bool[3] output_mask, ScalarType? bias_dtype, int groups, str activation) "

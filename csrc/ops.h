@@ -73,7 +73,8 @@ void register_forward(torch::Library& m) {
   });
 }
 
-// What to differentiate. `residual`: that of the forward, or its output (see batch_norm_activated_backward).
+// What to differentiate. `residual`: that of the forward, or the output of the forward (see
+// batch_norm_activated_backward in ops.cpp).
 struct GradOperands {
   const at::Tensor &dy, &x;
   const OptionalTensor &weight, &bias, &residual;
@@ -88,6 +89,7 @@ struct GradSpec {
   std::string_view activation = {};  // a name of activation_table.h; empty: none
 };
 
+// Implements the backward without an activation, and the one with it.
 template <Gradients (*run)(const GradOperands&, const GradSpec&)>
 void register_backward(torch::Library& m) {
   m.impl("batch_norm_backward", [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
@@ -108,7 +110,7 @@ void register_activated_backward(torch::Library& m) {
          });
 }
 
-// The same for those that map by given sums.
+// Implements the operators that map by given sums.
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_apply(torch::Library& m) {
   m.impl("apply", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -149,7 +151,7 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Calls the one of these four operators that the operands and the spec ask for.
+// Calls batch_norm, batch_norm_update, apply or apply_update, as the operands and the spec ask for.
 inline Normalized call_forward(const Operands& o, const Spec& s) {
   using at::Tensor;
   static const auto batch_norm = find_operator<Normalized(
@@ -177,6 +179,7 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
                          s.domain.centred, s.domain.parameter_dim, o.residual, s.activation);
 }
 
+// Likewise batch_norm_backward or batch_norm_activated_backward.
 inline ActivatedGradients call_backward(const GradOperands& o, const GradSpec& s) {
   using at::Tensor;
   static const auto plain = find_operator<Gradients(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,

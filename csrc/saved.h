@@ -15,7 +15,7 @@ namespace batchnorm_ext {
 // synchronization.
 struct Saved {
   at::Tensor x;
-  OptionalTensor weight, bias, residual;  // these two for an activation only
+  OptionalTensor weight, bias, residual;  // the latter two only with an activation
   at::Tensor stats, count;
   bool training;
   std::optional<at::ScalarType> bias_dtype;
@@ -27,8 +27,8 @@ struct Saved {
   GradSpec spec(const Mask& mask) const { return {training, mask, bias_dtype, domain, activation}; }
 };
 
-// What a backward needs beside tensors, as one list of numbers: autograd would look up a name for each of several
-// values.
+// What a backward needs beside tensors, as one list of numbers: of several values autograd would look up each by its
+// name.
 struct Kept {
   bool training;
   std::optional<at::ScalarType> weight_dtype, bias_dtype;

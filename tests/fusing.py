@@ -92,7 +92,7 @@ def assert_same(
 def assert_fuses(
     model: nn.Module, x: Tensor, done: int, left: int = 0, tolerance: float = EXACT
 ) -> nn.Module:
-    """Fuse a copy: as many norms, the same names, and the same numbers in both modes."""
+    """Fuse a copy: this many norms, the same names, and the same numbers in both modes."""
     randomized(model)
     fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
     assert (len(report.done), len(report.left)) == (done, left), str(report)

@@ -57,7 +57,7 @@ def test_forward_and_gradients(size, layout, dtype, activation):
             rounds = has_residual and activation in PIECEWISE
             exact = p.double()
             expected = oracle(exact, norm, activation, dtype if rounds else None)
-            # where z was rounded, the value is the one of z that was not
+            # the value is that of the z that is not rounded
             value = oracle(exact, norm, activation, None)
             assert_within(f"y, {norm}", y, value, _bound(value, dtype, 1.0))
             wanted = gradients(expected, exact)
@@ -317,11 +317,18 @@ def test_empty_batch():
     assert dx.shape == dresidual.shape == x.shape and not dweight.any()
 
 
-def test_what_the_operators_do_not_take_is_computed_by_pytorch():
-    """(N, C) in groups, torch.func, other dtypes of parameters."""
+def test_activations_that_the_operators_do_not_take_follow_the_fused_norm():
+    """(N, C) in groups, a slope below zero after a residual; written with spaces."""
     x, residual = torch.randn(2, 6, C)
     y = functional.group_norm_act(x, 2, activation="silu", residual=residual)
-    assert_bitwise("y", y, F.silu(F.group_norm(x, 2) + residual))
+    assert_bitwise("groups", y, F.silu(functional.group_norm(x, 2) + residual))
+    options = {"activation": "leaky_relu( -0.5 )", "residual": residual}
+    y = functional.batch_norm_act(x, None, None, training=True, **options)
+    expected = functional.batch_norm(x, None, None, training=True) + residual
+    assert_bitwise("slope", y, F.leaky_relu(expected, -0.5))
+
+
+def test_torch_func():
     x, residual = torch.randn(2, 3, C, 5)
 
     def total(x, residual):

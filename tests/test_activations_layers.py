@@ -169,8 +169,8 @@ def test_conversions_leave_the_layer(kind):
         with pytest.warns(UserWarning, match=f"not converted: 0 .{kind}: a subclass"):
             batchnorm_ext.convert_sync_batchnorm(model)
         assert type(model[0]) is getattr(batchnorm_ext, kind)
-        report = batchnorm_ext.fold(nn.Sequential(nn.Conv2d(3, C, 1), layer).eval())
-        assert type(report[1]) is getattr(batchnorm_ext, kind)
+        folded = batchnorm_ext.fold(nn.Sequential(nn.Conv2d(3, C, 1), layer).eval())
+        assert type(folded[1]) is getattr(batchnorm_ext, kind)
 
 
 @every_kind

@@ -29,3 +29,15 @@ def test_contestants_agree(norm):
     for name, layer in layers.items():
         # a few roundings of float32, of values up to about 10
         assert_within(name, layer(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BatchNorm + ReLU", "BatchNorm + add + ReLU", "BatchNorm + Hardswish", "GroupNorm + SiLU"],
+)
+def test_chains_agree(name):
+    x = torch.randn(2, 64, 5, 4)
+    native, ours = (norms.chains(name, x)[key] for key in ("native", "ours"))
+    if ours.residual is not None:
+        ours.residual = native.residual
+    assert_within(name, ours(x), native(x), 1e-5)  # a few roundings, as above

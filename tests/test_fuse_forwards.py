@@ -1,6 +1,7 @@
 """Which forwards are rewritten, and why others are not."""
 
 import copy
+import gc
 import random
 
 import pytest
@@ -321,3 +322,20 @@ def test_drop_path_before_the_sum():
         return m.relu(m.drop(m.bn1(m.conv1(x))) + x)
 
     assert_leaves(block(run, drop=DropPath()), "before drop (fusing.DropPath)")
+
+
+def test_callbacks_of_the_garbage_collector_are_no_part_of_a_forward():
+    """As of pytest plugins and profilers, which write to globals of their own."""
+
+    def read_a_global(phase, info):
+        return FLAG
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(read_a_global)
+    gc.set_threshold(1)
+    try:
+        assert_fuses(block(lambda m, x: m.relu(m.bn1(m.conv1(x))), bn2=None), image(), 1)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(read_a_global)
+    assert gc.isenabled()

@@ -1,5 +1,5 @@
-// Activations of vectors. Piecewise linear ones are a few instructions where they stand; the others are called, since
-// inlined into every loop they would multiply its size, for a time that their arithmetic hides.
+// Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called:
+// inlined, they would multiply the size of every loop, and their arithmetic takes much longer than a call.
 #pragma once
 
 #include "../activation.h"
@@ -17,12 +17,13 @@ struct VectorMath {
   static V erf(const V& z) { return z.erf(); }
 };
 
+// kCalls: whether value and grad call a function.
 template <typename A>
 struct PiecewiseActivation : Piecewise<VectorMath<A>> {
   static constexpr bool kCalls = false;
 };
 
-// With bounds as they are in T.
+// The bounds are rounded to T, as the outputs are that backward compares with them.
 template <typename T, typename A = Acc<T>>
 PiecewiseActivation<A> piecewise(const Activation& a) {
   const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
@@ -49,14 +50,14 @@ class SmoothActivation {
   A alpha_;
 };
 
-// z, which an activation is given: of the input and its coefficients centre, scale and shift.
+// z, the argument of an activation, from the input x and its coefficients centre, scale and shift.
 template <typename A>
 struct OfInput {
   static constexpr int kCoefficients = 3;
   Vec<A> operator()(const Vec<A>* c, const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
 };
 
-// z of the input and a residual; without one, of anything instead, so that one loop serves both.
+// z from x and a residual. Without a residual the last argument is ignored, so that one loop serves both.
 template <typename A>
 struct OfSum {
   static constexpr int kCoefficients = 3;
@@ -68,7 +69,7 @@ struct OfSum {
   }
 };
 
-// The output of a piecewise linear activation in place of z: where it was cut they agree.
+// The output of a piecewise linear activation in place of z: the derivative is the same at both.
 template <typename A>
 struct OfOutput {
   static constexpr int kCoefficients = 0;

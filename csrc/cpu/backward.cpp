@@ -1,4 +1,4 @@
-// The fused backward in the same way as the forward.
+// The fused backward, tensors in and pointers out, as forward.cpp.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -27,8 +27,8 @@ namespace {
 
 using at::Tensor;
 
-// A backward in the same way. One value per cell: mean, invstd, weight, bias, the sums that are the gradients of the
-// parameters, the coefficients.
+// A backward: pointers, geometry, and what its steps hand on. One value per cell: mean, invstd, weight, bias, the sums
+// that are the gradients of the parameters, the coefficients.
 template <typename T>
 struct Backward {
   using A = Acc<T>;
@@ -84,6 +84,7 @@ struct Backward {
   }
 
  private:
+  // Large outputs are streamed, two only if they have the same offset from a vector's boundary (see transform).
   bool streams() const {
     const auto place = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (Vec<T>::size() * sizeof(T)); };
     return bytes_of<T>(geometry) >= stream_bytes() && (dresidual == nullptr || place(dresidual) == place(dx));
@@ -91,7 +92,7 @@ struct Backward {
 
   bool is_activated() const { return activation.curve != Curve::kNone; }
 
-  // f(grad, inputs...) with what enters the sums
+  // f(grad, inputs...), where grad makes what enters the sums of the inputs.
   template <typename F>
   void with_grad(const F& f) const {
     const A* const* const rows = table.view() + 5;
@@ -139,7 +140,7 @@ struct Backward {
       run(ActivatedNormalizeGrad<OfOutput<A>, Act, A, 2>{{}, act, mask}, c, both, dy, x, residual);
   }
 
-  // The coefficients of z; those of the forward, so that it has the same bits.
+  // The coefficients of z. They are those of the forward, so that z has the same bits.
   void set_activation() {
     if (!is_activated()) return;
     const double count = training ? static_cast<double>(geometry.count()) : std::numeric_limits<double>::infinity();

@@ -23,7 +23,7 @@ namespace batchnorm_ext::cpu {
 
 inline bool is_rowwise(const Geometry& g) { return g.per_stat > 1 && g.cell_count() == 1; }
 
-// The geometry of x. Where parameters run along a statistic in memory, that is a row of channels.
+// The geometry of x. Where parameters run along a statistic in memory, the statistic is taken for a row of channels.
 inline Geometry arranged(const at::Tensor& x, const Domain& domain) {
   const Geometry g = geometry_of(x, domain);
   return domain.parameter_dim == 2 && g.outer == 1 ? Geometry{1, g.inner, 1, g.cells(), g.inner} : g;

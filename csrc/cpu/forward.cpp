@@ -76,7 +76,7 @@ struct Forward {
   }
 
  private:
-  // f(map, inputs...)
+  // f(op, inputs...) with the map's op.
   template <typename F>
   void with_map(const F& f) const {
     if (activation.curve == Curve::kNone && residual == nullptr) return f(Normalize<A>(), x);

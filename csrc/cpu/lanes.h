@@ -130,8 +130,9 @@ struct LaneMoments {
   }
 };
 
-// What enters the sums of a gradient, grad(coefficients of the lanes, block, dy, x...): dy, or dy times a weight for
-// each block. Functors with coefficients have one of each for every cell, in `rows` (maps.h).
+// What enters the sums of a gradient is grad(coefficients of the lanes, block, dy, x...): dy, or dy times a weight for
+// each block, or dy times the derivative of an activation (maps.h). A functor with coefficients has their values for
+// every cell in `rows`.
 struct PlainGrad {
   static constexpr int kCoefficients = 0;
 
@@ -154,7 +155,7 @@ struct WeightedGrad {
   }
 };
 
-// What the sums of a gradient need of each cell: the mean, k == 0, and the coefficients of grad.
+// What the sums of a gradient need of each cell: for k == 0 the mean, after that the coefficients of grad.
 template <typename A, typename Grad>
 const A* per_cell(const A* mean, const Grad& grad, int k) {
   if constexpr (Grad::kCoefficients > 0)

@@ -36,7 +36,7 @@ struct Normalize {
   Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return {OfInput<A>()(c, x)}; }
 };
 
-// y = activation(z), z of the same coefficients (activate.h)
+// y = activation(z), with z from the same coefficients (activate.h)
 template <typename Z, typename Act, typename A>
 struct NormalizeActivate {
   static constexpr int kCoefficients = 3;
@@ -73,7 +73,7 @@ struct Scale {
   Outputs<A, 1> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return {c[0] * dy}; }
 };
 
-// g = dy * activation'(z), for the sums. `more`: what z is of beside x.
+// g = dy * activation'(z), for the sums. `more`: what z takes beside x.
 template <typename Z, typename Act, typename A>
 struct ActivatedGrad {
   static constexpr int kCoefficients = Z::kCoefficients;
@@ -96,8 +96,8 @@ struct ActivatedGrad {
   }
 };
 
-// dx = scale * (weight * g - (x - centre) * slope - offset), the latter two in training only; and g itself, the
-// gradient of a residual. The last coefficients are those of z.
+// dx = scale * (weight * g - (x - centre) * slope - offset), in evaluation dx = scale * weight * g; and, as a second
+// output, g itself, the gradient of a residual. The last coefficients are those of z.
 template <typename Z, typename Act, typename A, size_t kOutputs>
 struct ActivatedNormalizeGrad {
   static constexpr int kCoefficients = 5 + Z::kCoefficients;
@@ -119,7 +119,7 @@ struct ActivatedNormalizeGrad {
 
 // Sets the coefficients of cells [first, first + width). `count`: number of elements that mean and invstd were
 // computed from, if the elements to be mapped are among them; otherwise infinity. The rows are separate, so that the
-// compiler can vectorize over cells. `row` is the first of them.
+// compiler can vectorize over cells. `row`: the first of the three.
 template <int row = 0, typename A, int kCount>
 void set_normalize(CoefficientTable<A, kCount>& table, int64_t first, int64_t width, const double* mean,
                    const double* invstd, const double* weight, const double* bias,

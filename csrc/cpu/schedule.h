@@ -29,8 +29,8 @@ inline int64_t even_share(int64_t total, int64_t most) {
 // Work that is not worth waking another thread for.
 constexpr int64_t kGrainElements = 32768;
 
-// f(begin, end) for shares of [0, n) on all threads. What a thread has streamed is in memory when it is done. A fence
-// after each run of 28x28 floats cost evaluation 20 % (AMD EPYC, 2 cores).
+// f(begin, end) for shares of [0, n) on all threads. What a thread has streamed is in memory when it is done. There
+// is one fence for each share: it waits for the writes, which costs time after each of many short runs.
 template <typename F>
 void parallel(int64_t n, int64_t grain, const F& f) {
   at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
@@ -56,7 +56,8 @@ struct Schedule {
   }
 };
 
-// The steps of a pass. They are called once for each chunk, so that a pass is compiled once for all of them.
+// The steps of a pass, as references to functions: a step is called once for each chunk, which costs little, and a pass
+// is compiled once for all steps.
 //
 // reduce(block, chunk, a, b, scratch)  writes two numbers per cell of the block
 // merge(n, n2, width, a, b, a2, b2)    merges into the totals of n elements per cell those of the next n2

@@ -144,7 +144,7 @@ inline void stream(const V& value, void* p) {
 #endif
 }
 
-// Orders what has been streamed before what follows.
+// Orders streamed writes before all writes that follow.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
@@ -172,13 +172,12 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
-// How many vectors at once a map is computed for.
+// How many vectors a map takes at once. 1 stands for the smallest block, for maps that call a function.
 template <typename Op>
 constexpr int kUnrolled = requires { requires Op::kCalls; } ? 1 : kVecs;
 
 // out[k][i] = f(i, in[i]...)[k] for i in [0, n). `f` takes the index of a vector's first lane and one vector of each
-// input. Outputs that are streamed are all as far from the start of a vector. Nothing is unrolled for an `f` that calls
-// a function.
+// input. With kStream all outputs must have the same offset from a vector's boundary.
 template <bool kStream, int kAtOnce = kVecs, typename T, size_t kOutputs, typename F, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const F& f, const In*... in) {
   using A = Acc<T>;

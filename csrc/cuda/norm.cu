@@ -24,12 +24,13 @@ namespace {
 
 using c10::cuda::CUDAGuard;
 
-// Only what the kernels have: deviations from a mean, and nothing after the affine map.
+// The kernels sum deviations from a mean only.
 void check_centred(const Domain& domain) {
   refusing(
       [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
 }
 
+// They have nothing after the affine map.
 void check_plain(const OptionalTensor& residual, std::string_view activation) {
   refusing([&] {
     TORCH_CHECK_NOT_IMPLEMENTED(!residual && activation.empty(),
