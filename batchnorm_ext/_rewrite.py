@@ -18,8 +18,8 @@ class Rewrite:
 
     ``parameters``: the name of each with "tensor", with the number of tensors for a list, or with
     a tuple of its default value. ``reads``: path of a module, name and value of its attribute.
-    ``members``: path of a module, and of each child the name and what it is.
-    ``passes``: paths of modules that are left out because they do nothing.
+    ``members``: path of a module, and of each child the name and what it is. ``passes``: paths of
+    modules that are left out because they do nothing.
     """
 
     source: str

@@ -116,7 +116,7 @@ def _twin(
 
 
 class _Proxy(fx.Proxy):
-    """Keeps what is done in place, and has no attributes that say what only the value can say."""
+    """Records operators in place, and refuses attributes of which only the value knows."""
 
     def __getattr__(self, name: str) -> fx.Proxy:
         known = self.node.op != "placeholder" or hasattr(Tensor, name)
