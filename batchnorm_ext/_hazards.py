@@ -78,12 +78,21 @@ class Hazards:
         name = fusion.activation_name(self.modules).partition("(")[0]
         if fusion.residual is None or name in _AS_NATIVE:
             return ""
+        if name in _OF_OUTPUT and not self._is_in_place(fusion.activation):
+            if any(user.op == "output" for user in fusion.last.users):
+                return "returned to who may write to it, and needed by the backward of the sum"
         needed = fusion.last if name in _OF_OUTPUT else fusion.residual
         for user in needed.users:
             if self.order[user] > self.order[fusion.last] and writes(user, self.modules):
                 name = describe(self.modules, user)
                 return f"{name} may write to what the backward of the sum needs"
         return ""
+
+    def _is_in_place(self, activation: Activation) -> bool:
+        """Whether PyTorch's backward, too, reads the output."""
+        if activation.is_module:
+            return self.modules[activation.name].inplace
+        return activation.name.startswith("_")
 
     def is_private(self, node: fx.Node) -> bool:
         """Whether the value is memory of its own, which one node alone uses."""

@@ -231,3 +231,20 @@ def test_smooth_activations_of_16_bits_run_step_by_step(function):
         steps = model(x.to(dtype)).grad_fn.name()
         native = function(torch.ones(1, requires_grad=True)).grad_fn.name()
         assert (steps != native) == fuses, steps
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ReLU6(), nn.Hardtanh(-1, 2)])
+def test_outputs_that_a_caller_writes_to(activation):
+    """PyTorch's backward reads the input of these, ours the output."""
+
+    def run(m, x):
+        return m.relu(m.bn1(m.conv1(x)) + x)
+
+    def model():
+        return nn.Sequential(block(run, relu=activation, bn2=None), nn.ReLU(True)).double()
+
+    fused, report = batchnorm_ext.fuse(model(), report=True)
+    assert list(report.left) == ["0.bn1"] and "write" in report.left["0.bn1"]
+    fused(image()).sum().backward()
+    activation.inplace = True
+    assert batchnorm_ext.fuse(model(), report=True)[1].done

@@ -118,7 +118,7 @@ def test_addition_of_two_norms(name):
     add = ADDITIONS[name]
 
     def run(m, x):
-        return F.leaky_relu(add(m.bn1(m.conv1(x)), m.bn2(m.conv2(x))), 0.2)
+        return F.leaky_relu(add(m.bn1(m.conv1(x)), m.bn2(m.conv2(x))), 0.2, inplace=True)
 
     assert_fuses(block(run), image(), 1, 1)
 
