@@ -72,13 +72,16 @@ def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     return f"{name}({', '.join(values)})" if values else name
 
 
+_names: dict[str, str] = {"": "", "identity": ""}  # of what has been asked for
+
+
 def _known(activation: str) -> str:
     """In the spelling of Python's numbers, which the operators read as well."""
-    if activation in ("", "identity"):
-        return ""
-    arguments = ", ".join(map(repr, _parsed(activation)[1]))
-    name = activation.partition("(")[0]
-    return f"{name}({arguments})" if arguments else name
+    if activation not in _names:
+        arguments = ", ".join(map(repr, _parsed(activation)[1]))
+        name = activation.partition("(")[0]
+        _names[activation] = f"{name}({arguments})" if arguments else name
+    return _names[activation]
 
 
 _known._dynamo_marked_constant = True  # a compiler would trace the regular expression
@@ -114,8 +117,8 @@ def pays(input: Tensor, activation: str) -> bool:
     """Whether the fused call takes less time than PyTorch's steps.
 
     The fused backward computes an activation twice, once for the sums and once for the map. For
-    smooth ones of 16 bits that takes longer than the memory traffic that is saved: 0.6 to 0.9 times
-    the speed (docs/benchmarks.md).
+    smooth ones of bfloat16 that takes longer than the memory traffic that is saved (BatchNorm2d on
+    two cores: docs/benchmarks.md); float16, which was not measured, is taken for the same.
     """
     halves = input.dtype in (torch.bfloat16, torch.float16)
     return not halves or activation.partition("(")[0] in _PIECEWISE

@@ -109,64 +109,39 @@ def norm_then(
         *first, module = module._modules.values()
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
-    if taken and _are_plain(module, activation) and _fits(x, residual, activation):
-        y = _fused(module, x, residual, _name(activation))
+    if taken and _are_plain(module, activation) and _fits(x, residual):
+        name = _name(activation)
+        y = _fused(module, x, residual, name) if pays(x, name) else None
         if y is not None:
             return y
     return _finish(module(x), activation, residual, written)
 
 
-def batch_norm_then(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    written: str,
-) -> Tensor:
-    """The same for ``torch.nn.functional.batch_norm``."""
-    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if _fits(input, residual, activation):
-        return batch_norm_act(*arguments, _name(activation), residual)
-    return _finish(functional.batch_norm(*arguments), activation, residual, written)
+def batch_norm_then(*arguments) -> Tensor:
+    """The same for ``torch.nn.functional.batch_norm``, whose arguments come first."""
+    return _function_then(batch_norm_act, functional.batch_norm, *arguments)
 
 
-def instance_norm_then(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    written: str,
-) -> Tensor:
+def instance_norm_then(*arguments) -> Tensor:
     """The same for ``torch.nn.functional.instance_norm`` without running statistics."""
-    if _fits(input, residual, activation):
-        return instance_norm_act(input, weight, bias, eps, _name(activation), residual)
-    y = functional.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
-    return _finish(y, activation, residual, written)
+    return _function_then(instance_norm_act, _instance_norm, *arguments)
 
 
-def group_norm_then(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    residual: Tensor | None,
-    written: str,
-) -> Tensor:
+def group_norm_then(*arguments) -> Tensor:
     """The same for ``torch.nn.functional.group_norm``."""
-    if _fits(input, residual, activation):
-        return group_norm_act(input, num_groups, weight, bias, eps, _name(activation), residual)
-    y = functional.group_norm(input, num_groups, weight, bias, eps)
-    return _finish(y, activation, residual, written)
+    return _function_then(group_norm_act, functional.group_norm, *arguments)
+
+
+def _function_then(fused: Callable, norm: Callable, *arguments) -> Tensor:
+    *arguments, activation, residual, written = arguments
+    name = _name(activation)
+    if _fits(arguments[0], residual) and pays(arguments[0], name):
+        return fused(*arguments, name, residual)
+    return _finish(norm(*arguments), activation, residual, written)
+
+
+def _instance_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return functional.instance_norm(input, None, None, weight, bias, True, 0.0, eps)
 
 
 def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
@@ -179,15 +154,14 @@ def _are_plain(norm: nn.Module, activation: nn.Module | str | None) -> bool:
     return True
 
 
-def _fits(x: Tensor, residual: Tensor | None, activation: nn.Module | str | None) -> bool:
-    """Whether to fuse: the residual is like x, and so like the output of a norm."""
-    like = residual is None or (
+def _fits(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the residual is like x, and so like the output of a norm, which the sum has to be."""
+    return residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
-    return like and pays(x, _name(activation))
 
 
 def _name(activation: nn.Module | str | None) -> str:
