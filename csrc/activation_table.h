@@ -156,14 +156,14 @@ inline std::optional<std::array<double, 2>> parse_arguments(std::string_view tex
 inline ChosenActivation activation_named(std::string_view text) {
   if (text.empty()) return {};
   const size_t bracket = std::min(text.find('('), text.size());
-  std::string names;
   for (const ActivationRow& row : activation_table::kRows) {
-    (names += names.empty() ? "" : ", ") += row.name;
     if (text.substr(0, bracket) != row.name) continue;
     if (bracket == text.size()) return {&row, row.by_default};
     const auto values = parse_arguments(text.substr(bracket + 1), row.arguments);
     if (values && (row.arguments < 2 || (*values)[0] <= (*values)[1])) return {&row, *values};
   }
+  std::string names;
+  for (const ActivationRow& row : activation_table::kRows) (names += names.empty() ? "" : ", ") += row.name;
   TORCH_CHECK_VALUE(false, "expected activation to be one of ", names,
                     ", some with arguments, as in leaky_relu(0.1) or hardtanh(-2, 2), got '", text, "'");
 }
