@@ -1,4 +1,5 @@
-// Activations: names, values y(z) and derivatives y'(z), written once for host and device, scalars and vectors.
+// Activations: values y(z) and derivatives y'(z), for any kind of number. M has its type and the functions of it that
+// the formulas need: cpu/activate.h for vectors.
 //
 // A new activation is a row of the table in activation_table.h and, unless it is piecewise linear, a struct of its two
 // functions and a line of with_curve().
@@ -36,17 +37,6 @@ struct Activation {
 
 // True without an activation, too.
 inline bool is_piecewise_linear(const Activation& a) { return a.curve == Curve::kNone || a.curve == Curve::kPiecewise; }
-
-// The functions that the formulas need, for numbers; cpu/activate.h has them for vectors.
-template <typename A>
-struct ScalarMath {
-  using V = A;
-  BATCHNORM_EXT_HD static V select(bool which, V a, V b) { return which ? a : b; }
-  BATCHNORM_EXT_HD static V exp(V z) { return std::exp(z); }
-  BATCHNORM_EXT_HD static V expm1(V z) { return std::expm1(z); }
-  BATCHNORM_EXT_HD static V tanh(V z) { return std::tanh(z); }
-  BATCHNORM_EXT_HD static V erf(V z) { return std::erf(z); }
-};
 
 // NaN and zeros of both signs give what they give in PyTorch: the value of NaN is NaN, its derivative 0 if there is an
 // upper bound and the slope otherwise.

@@ -96,8 +96,10 @@ inline void check_activation(const at::Tensor& x, const Domain& domain, std::str
   if (name.empty()) return;
   const Activation activation = activation_named(name).make();
   const bool one_per_cell = domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
-  TORCH_CHECK_NOT_IMPLEMENTED(domain.parameter_dim == 1 && domain.centred && !one_per_cell,
-                              "batch_norm: expected no activation where each element of a statistic has parameters");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      domain.parameter_dim == 1 && domain.centred && !one_per_cell,
+      "batch_norm: expected no activation with centred=False, or where each element of a statistic has a "
+      "weight of its own");
   // backward reads the output, which a negative slope makes positive on both sides of zero
   TORCH_CHECK_NOT_IMPLEMENTED(!(has_residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
                               "batch_norm: expected no residual before an activation of negative slope");

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <optional>
-#include <tuple>
 #include <utility>
 
 #include "../activation_table.h"
@@ -167,9 +167,8 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
   const auto [want_dx, want_dweight, want_dbias] = s.mask;
   const bool maps = want_dx || residual;
   Tensor dx = maps ? empty_output_like(x) : Tensor(), dresidual = residual ? empty_output_like(x) : Tensor();
-  Tensor dweight, dbias;
   const int64_t parameters = x.size(s.domain.parameter_dim);
-  std::tie(dweight, dbias) = make_parameter_gradients(x, o.weight, s.bias_dtype, s.mask, [&](at::ScalarType dtype) {
+  auto [dweight, dbias] = make_parameter_gradients(x, o.weight, s.bias_dtype, s.mask, [&](at::ScalarType dtype) {
     return at::detail::empty_cpu({parameters}, dtype);
   });
   if (x.numel() == 0) {
@@ -208,14 +207,13 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
                            cell_mean.get(),
                            cell_invstd.get(),
                            read_channels(o.weight, parameters, 1, geometry.batch),
-                           read_channels(o.bias, parameters, 0, geometry.batch)};
+                           s.activation.empty() ? Channels() : read_channels(o.bias, parameters, 0, geometry.batch)};
     if (!want_dweight && !want_dbias && !(want_dx && s.training)) {
       if (maps) run.map_all_cells();
       return;
     }
     run.reduce_and_map();
-    sum_over_batch(geometry, run.dweight.get());
-    sum_over_batch(geometry, run.dbias.get());
+    for (const Channels* sums : {&run.dweight, &run.dbias}) sum_over_batch(geometry, sums->get());
     leave(run.dweight.get(), run.dbias.get());
   });
   return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
