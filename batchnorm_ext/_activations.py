@@ -104,24 +104,27 @@ def activate_in_place(z: Tensor, activation: str) -> Tensor:
 
 
 def can_fuse(input: Tensor, residual: Tensor | None, activation: str) -> bool:
-    """Whether the operators take the activation: on a CPU, and backward can read what it needs.
+    """Whether the operators take the activation: not of float64 on CUDA, and where backward can
+    read what it needs.
 
     A ``leaky_relu`` of negative slope gives values of both signs the same sign: after a residual
     its output does not tell the slope.
     """
-    folds = residual is not None and activation.startswith("leaky_relu(-")
-    return not folds and not getattr(input, "is_cuda", False)
+    if residual is not None and activation.startswith("leaky_relu(-"):
+        return False
+    return not (getattr(input, "is_cuda", False) and input.dtype == torch.float64)
 
 
 def pays(input: Tensor, activation: str) -> bool:
     """Whether the fused call takes less time than PyTorch's steps.
 
-    The fused backward computes an activation twice, once for the sums and once for the map. For
-    smooth ones of bfloat16 that takes longer than the memory traffic that is saved (BatchNorm2d on
-    two cores: docs/benchmarks.md); float16, which was not measured, is taken for the same.
+    The fused backward computes an activation twice, once for the sums and once for the map. On a
+    CPU, for smooth ones of bfloat16, that takes longer than the memory traffic that is saved
+    (BatchNorm2d on two cores: docs/benchmarks.md); float16, which was not measured, is taken for
+    the same.
     """
     halves = input.dtype in (torch.bfloat16, torch.float16)
-    return not halves or activation.partition("(")[0] in _PIECEWISE
+    return not halves or input.is_cuda or activation.partition("(")[0] in _PIECEWISE
 
 
 def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:

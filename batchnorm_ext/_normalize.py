@@ -49,7 +49,9 @@ def normalize(
                 return output
             if running_mean is not None and running_var is not None:
                 state = (running_mean, running_var, num_batches_tracked, counted)
-                options = (momentum, eps, groups, residual, activation)
+                options = (momentum, eps, groups)
+                if activation or residual is not None:
+                    options += (residual, activation)
                 return track(_ops.batch_norm_update, input, weight, bias, *state, *options)
         except RuntimeError as error:
             if not _ops.is_refusal(error) or torch.compiler.is_compiling():

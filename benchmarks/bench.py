@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch
 from tqdm import tqdm
 
 import batchnorm_ext
@@ -46,6 +47,11 @@ def make_call(what: str, batch_norm: Callable, module: nn.Module, x, dy) -> timi
     leaves = (x, *module.parameters())
     if what == "module":
         return lambda: torch.autograd.grad(module(x), leaves, dy)
+    if batch_norm is None and what == "forward":
+        return lambda: module(x)
+    if batch_norm is None:
+        y = module(x)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
     w, b, mean, var = module.weight, module.bias, module.running_mean, module.running_var
     if what == "forward":
         return lambda: batch_norm(x, mean, var, w, b, True, 0.1, 1e-5)
@@ -61,16 +67,19 @@ def contestants(what: str, case: dict, sets: list[tuple]) -> dict[str, list[timi
     """Name -> a call for each of the sets of (x, dy)."""
     x = sets[0][0]
     norm = case.get("norm", "BatchNorm")
+    functions = {"ours": batchnorm_ext.functional.batch_norm, "native": F.batch_norm}
     if " + " in norm:
-        layers = norms.chains(norm, x.detach())
+        layers, functions = norms.chains(norm, x.detach()), {}
+        if x.is_cuda:
+            torch._dynamo.reset()
+            layers["compiled"] = torch.compile(layers["native"], dynamic=False)
     else:
         layers = norms.layers(norm, x.shape)
     if "hand" in layers:  # parameters are of the dtype of the input, as in model.bfloat16()
         layers = {name: layer.to(x.dtype) for name, layer in layers.items()}
-        if x.is_cpu:  # on a GPU, compilers would take most of the minutes of a run
+        if x.is_cpu:  # on a GPU, compiling all of these would take most of the minutes of a run
             torch._dynamo.reset()
             layers["compiled"] = torch.compile(layers["native"], dynamic=False)
-    functions = {"ours": batchnorm_ext.functional.batch_norm, "native": F.batch_norm}
     calls = {"copy": [x.detach().clone for x, _ in sets]}
     for name, layer in layers.items():
         parts = what, functions.get(name), layer.to(x.device)
@@ -94,7 +103,11 @@ def make_sets(case: dict, device: str) -> list[tuple]:
 
 def measure(case: dict, args: Namespace) -> Iterator[dict]:
     sets = make_sets(case, args.device)
-    for what in ["module"] if "norm" in case else args.passes:
+    passes = args.passes
+    if "norm" in case:
+        apart = args.device == "cuda" and " + " in case["norm"]
+        passes = ["forward", "backward"] if apart else ["module"]
+    for what in passes:
         calls = contestants(what, case, sets)
         if args.device == "cuda":
             replays = {name: timing.capture(each) for name, each in calls.items()}
@@ -133,6 +146,7 @@ def main() -> None:
     parser.add_argument("--name", default="layers", help="of the CSV file of BatchNorm")
     args = parser.parse_args()
     environment.start(args)
+    functorch.donated_buffer = False  # a compiled backward runs more than once
     # Graphs are captured on a stream that is not the default one. A backward runs on the stream of
     # its forward.
     with torch.cuda.stream(torch.cuda.Stream()) if args.device == "cuda" else nullcontext():
@@ -140,7 +154,7 @@ def main() -> None:
             cases = family_cases(args.family or FAMILY)[:: 7 if args.quick else 1]
             return run(args, "family", cases, measure, report.family_table)
         if args.fused:
-            cases = chain_cases()[:: 24 if args.quick else 1]
+            cases = chain_cases(args.device)[:: 24 if args.quick else 1]
             return run(args, "fused", cases, measure, report.family_table)
         cases = chosen_cases(args)[:: 12 if args.quick else 1]
         run(args, args.name, cases, measure, report.layer_report)

@@ -38,6 +38,7 @@ FAMILY = {
 
 # Chains of layers. Shapes are those of ResNet-50, of MobileNetV3 and of diffusion models.
 RESNET_CHAINS = ("BatchNorm + ReLU", "BatchNorm + add + ReLU", "BatchNorm + SiLU")
+GPU_SHAPES = [(64, 256, 56, 56), (64, 1024, 14, 14)]
 OTHER_CHAINS = {
     "BatchNorm + Hardswish": [(32, 16, 112, 112), (32, 240, 14, 14), (32, 480, 14, 14)],
     "GroupNorm + SiLU": [(2, 320, 64, 64), (2, 640, 32, 32)],
@@ -87,9 +88,12 @@ def chosen_cases(args) -> list[dict]:
     ]
 
 
-def chain_cases() -> list[dict]:
+def chain_cases(device: str) -> list[dict]:
+    """On a GPU a few large ones, which are compiled one by one."""
     resnet = [shape for shape in layer_shapes("resnet50") if len(shape) == 4]
     chains = dict.fromkeys(RESNET_CHAINS, resnet) | OTHER_CHAINS
+    if device == "cuda":
+        chains = dict.fromkeys(RESNET_CHAINS, GPU_SHAPES)
     return [
         {"norm": name, "dtype": dtype, "layout": layout, "shape": shape_name(shape)}
         for name, shapes in chains.items()

@@ -125,6 +125,7 @@ def all_stages(capability: str, home: str, out: Path) -> list[Stage]:
         Stage("racecheck", 3, [sanitize.format("racecheck")]),
         Stage("tuning", 6, [f"{python} benchmarks/tune.py --batch 256 32 --out {out}"]),
         Stage("other norms", 3, [family]),
+        Stage("fused norms", 5, [f"{bench} --fused"]),
         Stage("layers", 8, layers),
         Stage("training steps", 6, [f"{steps} --batch 128 --dtype bf16"]),
     ]

@@ -36,7 +36,9 @@ struct Activation {
 };
 
 // True without an activation, too.
-inline bool is_piecewise_linear(const Activation& a) { return a.curve == Curve::kNone || a.curve == Curve::kPiecewise; }
+BATCHNORM_EXT_HD bool is_piecewise_linear(const Activation& a) {
+  return a.curve == Curve::kNone || a.curve == Curve::kPiecewise;
+}
 
 // NaN and zeros of both signs give what they give in PyTorch: the value of NaN is NaN, its derivative 0 if there is an
 // upper bound and the slope otherwise.

@@ -142,7 +142,7 @@ struct Norm {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const size_t inputs = ctx->saved_data.count("residual") ? 4 : 3;
+    const size_t inputs = keeps(ctx, "residual") ? 4 : 3;
     variable_list result(inputs);
     const Tensor& dy = grads[0];
     if (!dy.defined()) return result;
@@ -158,8 +158,13 @@ struct Norm {
   }
 
  private:
+  // A plain norm keeps nothing by these names, and is not to spend time on looking for them.
+  static bool keeps(AutogradContext* ctx, const char* name) {
+    return ctx->saved_data.size() > 1 && ctx->saved_data.count(name) > 0;
+  }
+
   static Ranks ranks_of(AutogradContext* ctx) {
-    if (ctx->saved_data.count("group") == 0) return {};
+    if (!keeps(ctx, "group")) return {};
     return {ctx->saved_data["group"].toStringRef(), ctx->saved_data["layer"].toStringRef()};
   }
 
@@ -171,7 +176,6 @@ struct Norm {
     const variable_list saved = ctx->get_saved_variables();
     const auto more = [&](size_t i, at::ScalarType to) { return i < saved.size() ? in(saved[i], to) : Tensor(); };
     Kept kept(ctx->saved_data["kept"].toIntVector());
-    const auto activation = ctx->saved_data.find("activation");
     return {in(saved[0], dy.scalar_type()),
             optional(in(saved[1], kept.weight_dtype.value_or(at::kFloat))),
             optional(more(4, kept.bias_dtype.value_or(at::kFloat))),
@@ -181,7 +185,7 @@ struct Norm {
             kept.training,
             kept.bias_dtype,
             kept.domain,
-            activation == ctx->saved_data.end() ? std::string() : activation->second.toStringRef(),
+            keeps(ctx, "activation") ? ctx->saved_data["activation"].toStringRef() : std::string(),
             std::move(kept.normalized_shape)};
   }
 };

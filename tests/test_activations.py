@@ -22,8 +22,6 @@ from batchnorm_ext import functional
 from cases import DTYPES, LAYOUTS
 from support import assert_bitwise, assert_within, ops
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA the activation is PyTorch's function so far")
-
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 with_and_without_residual = pytest.mark.parametrize("has_residual", [False, True])
 
@@ -48,12 +46,12 @@ def is_fused(size, norm, activation, has_residual):
 @every_activation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, layout", INPUTS, ids=str)
-def test_forward_and_gradients(size, layout, dtype, activation):
+def test_forward_and_gradients(size, layout, dtype, activation, device):
     for has_residual in (False, True):
         for norm in NORMS:
             if not is_fused(size, norm, activation, has_residual):
                 continue
-            p = make_problem(size, layout, dtype, has_residual)
+            p = make_problem(size, layout, dtype, has_residual, device)
             y = fused(p, norm, activation)
             assert y.dtype == dtype
             assert y.stride() == torch.empty_like(p.x).stride()
@@ -91,8 +89,8 @@ def test_derivatives_of_any_order(activation):
 
 @with_and_without_residual
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_operators(activation, has_residual):
-    p = make_problem((2, C, 5, 3), "channels_last", torch.float32, has_residual)
+def test_operators(activation, has_residual, device):
+    p = make_problem((2, C, 5, 3), "channels_last", torch.float32, has_residual, device)
     arguments = (p.x, p.weight, p.bias, None, None, True, 1e-5, 2, True, 1)
     torch.library.opcheck(ops.batch_norm, (*arguments, p.residual, activation))
     stats = torch.stack([p.mean, p.var]).double()
@@ -104,23 +102,24 @@ def test_operators(activation, has_residual):
             torch.library.opcheck(ops.batch_norm_activated_backward, arguments, test_utils=tests)
 
 
-def test_operators_in_half_precision():
-    p = make_problem((2, C, 5, 3), "channels_last", torch.bfloat16, True)
-    state = (p.mean, p.var, torch.tensor(3), 0.1, 1e-5, 0)
+def test_operators_in_half_precision(device):
+    p = make_problem((2, C, 5, 3), "channels_last", torch.bfloat16, True, device)
+    state = (p.mean, p.var, torch.tensor(3, device=device), 0.1, 1e-5, 0)
     arguments = (p.x, p.weight, p.bias, *state, p.residual, "elu(0.7)")
     torch.library.opcheck(ops.batch_norm_update, arguments)
 
 
 @every_activation
-def test_special_values_are_those_of_pytorch(activation):
+def test_special_values_are_those_of_pytorch(activation, device):
     """NaN, infinities, zeros of both signs: those of what the norm gives, and of a residual."""
     special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0]
     special += [3.0, -3.0, 6.0, 6.5, -0.5, 1.25, 100.0, -100.0, 1e30, -1e30]
     if activation == "gelu":  # NaN at infinity in PyTorch's vectors, and infinity in its definition
         special = [value for value in special if value != torch.inf]
-    x = torch.tensor(special).repeat(len(special), 1)[:, None].contiguous().requires_grad_()
+    special = torch.tensor(special, device=device)
+    x = special.repeat(len(special), 1)[:, None].contiguous().requires_grad_()
     residual = x.detach().transpose(0, 2).contiguous().requires_grad_()
-    zero, one = torch.zeros(1), torch.ones(1)
+    zero, one = torch.zeros(1, device=device), torch.ones(1, device=device)
     for given in (None, residual):
         z = functional.batch_norm(x, zero, one, one / 4, eps=0.0)  # -1e-45 becomes -0
         z = z.detach() if given is None else z.detach() + residual.detach()
@@ -198,10 +197,10 @@ def test_without_gradients(has_residual, activation):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_frozen_leaves_get_no_gradient(activation):
+def test_frozen_leaves_get_no_gradient(activation, device):
     """Every subset of what may be frozen gives the others the gradients that they have anyway."""
     for norm in NORMS:
-        p = make_problem((2, C, 9, 7), "contiguous", torch.float32, True)
+        p = make_problem((2, C, 9, 7), "contiguous", torch.float32, True, device)
         y = fused(p, norm, activation)
         wanted = gradients(y, p)
         for name, leaf in p.leaves.items():
@@ -217,13 +216,16 @@ def test_frozen_leaves_get_no_gradient(activation):
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_running_statistics_move_as_without_an_activation(activation):
-    p = make_problem((4, C, 9, 7), "contiguous", torch.float32, True)
+def test_running_statistics_move_as_without_an_activation(activation, device):
+    p = make_problem((4, C, 9, 7), "contiguous", torch.float32, True, device)
     states = [(p.mean.clone(), p.var.clone()) for _ in range(2)]
     functional.batch_norm_act(
         p.x, *states[0], p.weight, p.bias, True, activation=activation, residual=p.residual
     )
     functional.batch_norm(p.x, *states[1], p.weight, p.bias, True)
     for name, found, wanted in zip(("mean", "var"), *states, strict=True):
-        assert_bitwise(name, found, wanted)
+        if device.type == "cpu":
+            assert_bitwise(name, found, wanted)
+        else:  # that kernel has fewer loads under way, and adds in another order
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
         assert not torch.equal(found, getattr(p, name))

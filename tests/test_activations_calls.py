@@ -8,7 +8,7 @@ from activations import MODULES, NORMS, C, fused, gradients, make_problem
 from batchnorm_ext import functional
 from support import assert_bitwise
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA the activation is PyTorch's function so far")
+pytestmark = pytest.mark.only("cpu", reason="of calls alone")
 
 
 @pytest.mark.parametrize("name", MODULES)

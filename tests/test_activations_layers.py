@@ -12,7 +12,7 @@ from activations import MODULES, C
 from situations.parts import numbered
 from support import assert_bitwise
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA the activation is PyTorch's function so far")
+pytestmark = pytest.mark.only("cpu", reason="of calls alone")
 
 SIZES = {
     "BatchNormAct1d": (4, C, 7),

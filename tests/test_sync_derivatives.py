@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import batchnorm_ext  # noqa: F401  the operators, on the ranks too
+
 
 class Linear(torch.autograd.Function):
     """A linear map of what the ranks hold, differentiated to any order by its adjoint."""

@@ -9,8 +9,8 @@ template <typename T_>
 struct Backward {
   using T = T_;
   using A = Acc<T>;
-  static constexpr int kInputs = 2, kCoefficients = 5;
-  static constexpr bool kMoments = false;
+  static constexpr int kInputs = 2, kKept = 2, kCoefficients = 5, kKnown = 0, kMostHeld = 40;
+  static constexpr bool kMoments = false, kSumsRest = false;
   static constexpr bool kResums = std::is_same_v<A, float> && !std::is_same_v<T, __half>;
   template <int kLanes>
   using Lanes = GradLanes<A, kLanes>;
@@ -38,32 +38,30 @@ struct Backward {
     const double invstd = invstd_of(cell);
     return grads_lost<A>({sum.x, sum.y * invstd}, n, mean_of(cell), invstd);
   }
-  __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
+  __device__ __forceinline__ double2 terms(int64_t, int64_t offset, double origin) const {
     const double g = widen(dy[offset]);
     return {g, g * (static_cast<double>(widen(x[offset])) - origin)};
   }
 
-  template <int kWidth>
-  struct Packs {
-    Pack<T, kWidth> in[kInputs];
-  };
+  __device__ __forceinline__ void known_before(int64_t, const auto&) const {}
 
-  template <int kWidth>
-  __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
-    return {{load_pack<kWidth>(dy + offset, again), load_pack<kWidth>(x + offset, again)}};
+  template <typename Packs>
+  __device__ __forceinline__ void load(Packs& packs, int64_t offset, bool again) const {
+    packs.in[0] = load_pack<Packs::kWidth>(dy + offset, again);
+    packs.in[1] = load_pack<Packs::kWidth>(x + offset, again);
   }
+  __device__ __forceinline__ void load_rest(const auto&, int64_t) const {}
 
-  template <typename Chunk, int kLanes, int kWidth, int kCount>
-  __device__ __forceinline__ void start(GradLanes<A, kLanes>& lanes, const Chunk& chunk,
-                                        const Packs<kWidth> (&)[kCount], int) const {
+  template <int kLanes, typename Chunk>
+  __device__ __forceinline__ void start(GradLanes<A, kLanes>& lanes, const Chunk& chunk, const auto&, int) const {
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) lanes.start(l, static_cast<A>(origin(chunk.first + chunk.channel(l))));
   }
 
-  template <int kLanes, int kWidth>
-  __device__ __forceinline__ void add(GradLanes<A, kLanes>& lanes, const Packs<kWidth>& packs) const {
+  template <int kLanes, typename Packs>
+  __device__ __forceinline__ void add(GradLanes<A, kLanes>& lanes, const Packs& packs, const auto&) const {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
+    for (int i = 0; i < Packs::kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i), packs.in[1].get(i));
   }
 
   // As in a forward; a launch that only reduces has no map.
@@ -109,14 +107,15 @@ struct Backward {
 
   // dx = scale * (weight * dy - (x - centre) * slope - offset); in evaluation scale * weight * dy, whatever x may be.
   // Where the weight is a factor of the scale, it is 1 here: always so in a launch that reduces, too.
-  template <bool kReduces, int kWidth, int kLanes>
-  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[5][kLanes], int64_t offset) const {
-    store_pack(dx + offset, make_pack<T, kWidth>([&](int i) {
-                 const int l = i % kLanes;
-                 const A g = packs.in[0].get(i), along = fused(packs.in[1].get(i) - c[0][l], c[1][l], c[2][l]);
-                 const A rest = training ? along : A(0);
-                 return c[3][l] * (kReduces ? g - rest : fused(c[4][l], g, -rest));
-               }));
+  template <bool kReduces, typename Coefficients>
+  __device__ __forceinline__ A mapped(A dy, A x, const Coefficients& c, int i) const {
+    const A along = fused(x - c(0, i), c(1, i), c(2, i)), rest = training ? along : A(0);
+    return c(3, i) * (kReduces ? dy - rest : fused(c(4, i), dy, -rest));
+  }
+  template <bool kReduces, typename Packs, typename Coefficients>
+  __device__ __forceinline__ void map(const Packs& packs, const Coefficients& c, int64_t offset) const {
+    store_pack(dx + offset, make_pack<T, Packs::kWidth>(
+                                [&](int i) { return mapped<kReduces>(packs.in[0].get(i), packs.in[1].get(i), c, i); }));
   }
   __device__ __forceinline__ bool maps() const { return dx != nullptr; }
 

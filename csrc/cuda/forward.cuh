@@ -11,12 +11,22 @@ namespace batchnorm_ext::cuda {
 // earlier launch that has left mean and invstd.
 enum class Source { kBatch, kRunning, kSums, kStats };
 
+// y = (x - centre) * scale + shift, with statistics of n elements (`count` in centre_of).
+template <typename A>
+__device__ __forceinline__ Affine<A> affine_about(double n, double mean, double invstd, double weight, double bias) {
+  return make_affine<A>(centre_of<A>(mean, invstd, n, weight * invstd), mean, invstd, weight, bias);
+}
+
+// What a launch is told. Of its inputs the first kKept may stay on chip from the reduction to the map; the rest enters
+// the map and, if kSumsRest, the sums. The map has kCoefficients numbers of each channel that come from the sums, and
+// kKnown that are known before them.
 template <typename T_>
 struct Forward {
   using T = T_;
   using A = Acc<T>;
-  static constexpr int kInputs = 1, kCoefficients = 3;
-  static constexpr bool kMoments = true;
+  static constexpr int kInputs = 1, kKept = 1, kCoefficients = 3, kKnown = 0;
+  static constexpr int kMostHeld = 40;  // coefficients that a thread holds in registers, if it needs no more
+  static constexpr bool kMoments = true, kSumsRest = false;
   static constexpr bool kResums = std::is_same_v<A, float>;  // part of a channel, where sums left the range of fp32
   template <int kLanes>
   using Lanes = MomentLanes<A, kLanes>;
@@ -42,25 +52,24 @@ struct Forward {
 
   // Whether fp32 sums over part of a channel may have lost something, and the terms of an element in fp64.
   __device__ __forceinline__ bool loses(int64_t, double2 sum, double) const { return !isfinite(sum.y); }
-  __device__ __forceinline__ double2 terms(int64_t offset, double origin) const {
+  __device__ __forceinline__ double2 terms(int64_t, int64_t offset, double origin) const {
     const double d = static_cast<double>(widen(x[offset])) - origin;
     return {d, d * d};
   }
 
-  template <int kWidth>
-  struct Packs {
-    Pack<T, kWidth> in[kInputs];
-  };
+  __device__ __forceinline__ void known_before(int64_t, const auto&) const {}
 
-  template <int kWidth>
-  __device__ __forceinline__ Packs<kWidth> load(int64_t offset, bool again) const {
-    return {{load_pack<kWidth>(x + offset, again)}};
+  template <typename Packs>
+  __device__ __forceinline__ void load(Packs& packs, int64_t offset, bool again) const {
+    packs.in[0] = load_pack<Packs::kWidth>(x + offset, again);
   }
+  __device__ __forceinline__ void load_rest(const auto&, int64_t) const {}
 
   // Centres on the mean of the first packs, which is as good as any but must be near: they may begin with an outlier.
-  template <typename Chunk, int kLanes, int kWidth, int kCount>
-  __device__ __forceinline__ void start(MomentLanes<A, kLanes>& lanes, const Chunk&,
-                                        const Packs<kWidth> (&packs)[kCount], int count) const {
+  template <int kLanes, typename Packs, int kCount>
+  __device__ __forceinline__ void start(MomentLanes<A, kLanes>& lanes, const auto&, const Packs (&packs)[kCount],
+                                        int count) const {
+    constexpr int kWidth = Packs::kWidth;
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) lanes.start(l, packs[0].in[0].get(l));
 #pragma unroll
@@ -74,10 +83,10 @@ struct Forward {
     for (int l = 0; l < kLanes; ++l) lanes.start(l, fused(lanes.s1[l], share, lanes.k[l]));
   }
 
-  template <int kLanes, int kWidth>
-  __device__ __forceinline__ void add(MomentLanes<A, kLanes>& lanes, const Packs<kWidth>& packs) const {
+  template <int kLanes, typename Packs>
+  __device__ __forceinline__ void add(MomentLanes<A, kLanes>& lanes, const Packs& packs, const auto&) const {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i));
+    for (int i = 0; i < Packs::kWidth; ++i) lanes.add(i % kLanes, packs.in[0].get(i));
   }
 
   // The map of a channel, from the sums of this launch about `about`. The leader of a team also writes what the caller
@@ -133,12 +142,9 @@ struct Forward {
     stats[geometry.cells() + c] = invstd;
   }
 
-  // n as `count` in centre_of().
   __device__ __forceinline__ void set(int64_t c, double n, double mean, double invstd, A (&map)[3]) const {
     const int64_t channel = channel_of(geometry, c);
-    const double w = weight.get(channel, 1);
-    const double about = centre_of<A>(mean, invstd, n, w * invstd);
-    const Affine<A> affine = make_affine<A>(about, mean, invstd, w, bias.get(channel, 0));
+    const Affine<A> affine = affine_about<A>(n, mean, invstd, weight.get(channel, 1), bias.get(channel, 0));
     map[0] = affine.centre;
     map[1] = affine.scale;
     map[2] = affine.shift;
@@ -149,13 +155,14 @@ struct Forward {
     return source == Source::kSums && !(read_count(sums, geometry.cells()) > 0) ? nullptr : num_batches_tracked;
   }
 
-  // y = (x - centre) * scale + shift
-  template <bool, int kWidth, int kLanes>
-  __device__ __forceinline__ void map(const Packs<kWidth>& packs, const A (&c)[3][kLanes], int64_t offset) const {
-    store_pack(y + offset, make_pack<T, kWidth>([&](int i) {
-                 const int l = i % kLanes;
-                 return fused(packs.in[0].get(i) - c[0][l], c[1][l], c[2][l]);
-               }));
+  // c(k, i): the k-th coefficient of element i
+  template <typename Packs, typename Coefficients>
+  __device__ __forceinline__ A normalized(const Packs& packs, const Coefficients& c, int i) const {
+    return fused(packs.in[0].get(i) - c(0, i), c(1, i), c(2, i));
+  }
+  template <bool, typename Packs, typename Coefficients>
+  __device__ __forceinline__ void map(const Packs& packs, const Coefficients& c, int64_t offset) const {
+    store_pack(y + offset, make_pack<T, Packs::kWidth>([&](int i) { return normalized(packs, c, i); }));
   }
   __device__ __forceinline__ bool maps() const { return y != nullptr; }
 

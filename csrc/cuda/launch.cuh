@@ -21,8 +21,8 @@ void launch(const Op& op, const Request& request) {
   const Workspace workspace(resources.counters, resources.scratch.get(), scratch);
   bool refused = false;
   run(plan, op, Workspace::at<double>(resources.scratch.get(), scratch.between),
-      [&](Phase phase, const Launch& how, const Op& part) {
-        with_kernel<Op>(phase, plan, [&](auto kernel) {
+      [&]<Phase phase>(const Launch& how, const auto& part) {
+        with_kernel<phase, std::remove_cvref_t<decltype(part)>>(plan, [&](auto kernel) {
           allow_shared_memory(reinterpret_cast<const void*>(kernel));
           cudaLaunchAttribute attribute{};
           attribute.id = cudaLaunchAttributeCooperative;

@@ -30,11 +30,12 @@ void check_centred(const Domain& domain) {
       [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
 }
 
-// They have nothing after the affine map.
-void check_plain(const OptionalTensor& residual, std::string_view activation) {
+// There are half as many kernels again for what follows a norm: none for the rare float64.
+void check_after(const Tensor& x, const Domain& domain, const OptionalTensor& residual, std::string_view activation) {
+  const bool possible = x.scalar_type() != at::kDouble && domain.parameter_dim == 1;
   refusing([&] {
-    TORCH_CHECK_NOT_IMPLEMENTED(!residual && activation.empty(),
-                                "batch_norm: expected neither residual nor activation on CUDA");
+    TORCH_CHECK_NOT_IMPLEMENTED(possible || (!residual && activation.empty()),
+                                "batch_norm: expected neither residual nor activation for float64 on CUDA");
   });
 }
 
@@ -42,6 +43,7 @@ void check_plain(const OptionalTensor& residual, std::string_view activation) {
 Normalized normalize(const Operands& o, const Spec& s, Source source) {
   const Tensor x = dense(o.x);
   const Geometry geometry = checked_geometry(x);
+  const After after(o.residual, s.activation, x);
   Tensor y = at::empty_like(x);
   Tensor stats = at::empty({2, geometry.stats()}, x.options().dtype(at::kDouble));
   if (geometry.channels == 0) return {std::move(y), std::move(stats)};
@@ -65,15 +67,15 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
     }
     if (o.sums) op.sums = read<double>(*o.sums);
     op.stats = write<double>(stats);
-    launch(op, request<Forward<T>>(geometry, aligned(x, y), source == Source::kBatch, true));
+    launch(op, after, aligned(x, y), source == Source::kBatch);
   });
   return {std::move(y), std::move(stats)};
 }
 
 Normalized forward(const Operands& o, const Spec& s) {
   check_centred(s.domain);
-  check_plain(o.residual, s.activation);
   check_forward(o, s);
+  check_after(o.x, s.domain, o.residual, s.activation);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
   if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
@@ -124,68 +126,75 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
   });
 }
 
-Gradients backward(const GradOperands& o, const GradSpec& s) {
-  const auto& [grad, input, weight, bias, residual, stats] = o;
-  const auto& [training, mask, bias_dtype, domain, activation] = s;
-  check_centred(domain);
+ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+  check_centred(s.domain);
   check_backward(o, s);
-  const CUDAGuard guard(input.device());
-  if (domain.parameter_dim == 2 && input.numel() > 0)
-    return backward_across(grad, input, weight, stats, mask, bias_dtype);
-  const Gradient gradient(grad, input, domain);
-  const auto [want_dx, want_dweight, want_dbias] = mask;
-  Tensor dx = want_dx ? at::empty_like(gradient.x) : Tensor(), dweight, dbias;
-  std::tie(dweight, dbias) = empty_parameter_gradients(gradient.x, weight, bias_dtype, mask, domain.parameter_dim);
+  check_after(o.x, s.domain, o.residual, s.activation);
+  const CUDAGuard guard(o.x.device());
+  const auto [want_dx, want_dweight, want_dbias] = s.mask;
+  if (s.domain.parameter_dim == 2 && o.x.numel() > 0) {
+    auto [dx, dweight, dbias] = backward_across(o.dy, o.x, o.weight, o.stats, s.mask, s.bias_dtype);
+    return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+  }
+  const Gradient gradient(o, s);
+  const bool maps = want_dx || o.residual, activated = !gradient.after.is_nothing();
+  Tensor dx = maps ? at::empty_like(gradient.x) : Tensor(), dweight, dbias;
+  std::tie(dweight, dbias) =
+      empty_parameter_gradients(gradient.x, o.weight, s.bias_dtype, s.mask, s.domain.parameter_dim);
+  const bool reduces = want_dweight || want_dbias || (want_dx && s.training);
   if (gradient.x.numel() == 0) {
     if (want_dweight) dweight.zero_();
     if (want_dbias) dbias.zero_();
-  } else if (domain.groups > 0) {
-    backward_of_samples(gradient, weight, stats, training, dx, dweight, dbias);
-  } else if (want_dweight || want_dbias || (want_dx && training)) {
+  } else if (s.domain.groups > 0) {
+    backward_of_samples(gradient, o.weight, o.stats, s.training, dx, dweight, dbias);
+  } else if (reduces || (maps && activated)) {
     with_dtype(gradient.x.scalar_type(), [&](auto type) {
       using T = decltype(type);
-      Backward<T> op = gradient.op<T>(weight, stats);
-      op.training = training;
-      if (want_dx) op.dx = write<T>(dx);
+      Backward<T> op = gradient.op<T>(o.weight, o.stats);
+      op.training = s.training;
+      if (maps) op.dx = write<T>(dx);
       if (want_dweight) op.dweight = write_channels<T>(dweight);
       if (want_dbias) op.dbias = write_channels<T>(dbias);
-      launch(op, request<Backward<T>>(gradient.geometry, gradient.aligned_with(dx), true, want_dx));
+      gradient.launch(op, dx, reduces, maps);
     });
-  } else if (want_dx) {
-    scale(gradient, weight, stats, dx);
+  } else if (maps) {
+    scale(gradient, o.weight, o.stats, dx);
   }
+  return {std::move(dx), std::move(dweight), std::move(dbias), gradient.dresidual};
+}
+
+Gradients backward(const GradOperands& o, const GradSpec& s) {
+  auto [dx, dweight, dbias, none] = activated_backward(o, s);
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
-ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
-  check_plain(o.residual, s.activation);
-  auto [dx, dweight, dbias] = backward(o, s);
-  return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
-}
-
 Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
+  const GradOperands o{grad, input, kNone, kNone, kNone, stats};
+  const GradSpec s{true, {}, {}};
+  check_backward(o, s);
   const CUDAGuard guard(input.device());
   const int64_t size = 2 * input.size(1);
   if (input.numel() == 0) return at::zeros({size}, input.options().dtype(at::kDouble));
-  const Gradient gradient(grad, input);
+  const Gradient gradient(o, s);
   Tensor sums = empty_sums(input, size);
   with_dtype(input.scalar_type(), [&](auto type) {
     using T = decltype(type);
     Backward<T> op = gradient.op<T>(std::nullopt, stats);
     op.sums_out = write<double>(sums);
-    launch(op, request<Backward<T>>(gradient.geometry, gradient.aligned_with({}), true, false));
+    gradient.launch(op, Tensor(), true, false);
   });
   return sums;
 }
 
 Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
                   const Tensor& grad_sums, const Tensor& count) {
-  check_backward({grad, input, weight, kNone, kNone, stats}, {true, {}, {}});
+  const GradOperands o{grad, input, weight, kNone, kNone, stats};
+  const GradSpec s{true, {}, {}};
+  check_backward(o, s);
   check_sums(input, grad_sums, 2 * input.size(1), "grad_sums");
   check_sums(input, count, 1, "count");
   const CUDAGuard guard(input.device());
-  const Gradient gradient(grad, input);
+  const Gradient gradient(o, s);
   Tensor dx = at::empty_like(gradient.x);
   if (dx.numel() == 0) return dx;
   with_dtype(input.scalar_type(), [&](auto type) {
@@ -194,7 +203,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
     op.dx = write<T>(dx);
     op.sums = read<double>(grad_sums);
     op.total_count = read<double>(count);
-    launch(op, request<Backward<T>>(gradient.geometry, gradient.aligned_with(dx), false, true));
+    gradient.launch(op, dx, false, true);
   });
   return dx;
 }

@@ -7,8 +7,7 @@
 //   map what was kept, store
 #pragma once
 
-#include "backward.cuh"
-#include "forward.cuh"
+#include "activated.cuh"
 #include "plan.h"
 #include "team.cuh"
 
@@ -20,24 +19,69 @@ enum class Phase { kFused, kReduce, kMap };
 template <typename Op>
 constexpr int kBatch = kLoads / Op::kInputs;
 
-// Where this thread keeps what it takes in a step: a pack of each input, kThreads apart.
+// What a thread takes in a step: a pack of each input.
+template <typename Op, int kWidth_>
+struct Packs {
+  static constexpr int kWidth = kWidth_;
+  Pack<typename Op::T, kWidth> in[Op::kInputs];
+};
+
+// Where this thread keeps what it takes in a step: packs, kThreads apart.
 template <typename Op, int kWidth>
 __device__ __forceinline__ auto* kept_at(const Shape& s, int step) {
-  return shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept) + step * (Op::kInputs * kThreads) + threadIdx.x;
+  return shared_at<Pack<typename Op::T, kWidth>>(s.layout.kept) + step * (Op::kKept * kThreads) + threadIdx.x;
 }
+
+// kCount coefficients of the channels that this thread's packs touch, in registers, or in shared memory where they
+// are too many for registers.
+template <typename A, int kCount, typename Chunk, bool kHeld>
+class Coefficients {
+ public:
+  __device__ __forceinline__ Coefficients(const A* table, int width, const Chunk& chunk) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+#pragma unroll
+      for (int l = 0; l < Chunk::kLanes; ++l) held_[k][l] = table[k * width + chunk.channel(l)];
+  }
+  __device__ __forceinline__ A operator()(int k, int i) const { return held_[k][i % Chunk::kLanes]; }
+
+ private:
+  A held_[kCount > 0 ? kCount : 1][Chunk::kLanes];
+};
+
+template <typename A, int kCount, typename Chunk>
+class Coefficients<A, kCount, Chunk, false> {
+ public:
+  __device__ __forceinline__ Coefficients(const A* table, int width, const Chunk& chunk)
+      : table_(table), width_(width), chunk_(chunk) {}
+  __device__ __forceinline__ A operator()(int k, int i) const {
+    return table_[k * width_ + chunk_.channel(i % Chunk::kLanes)];
+  }
+
+ private:
+  const A* table_;
+  int width_;
+  const Chunk& chunk_;
+};
 
 // Sums the chunk. The block keeps of it in shared memory, for the map, what it has room for.
 template <bool kKeeps, typename Op, int kWidth, typename Chunk>
 __device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
-  using Packs = typename Op::template Packs<kWidth>;
+  using A = typename Op::A;
   typename Op::template Lanes<Chunk::kLanes> lanes{};
+  const A* const table = shared_at<A>(s.layout.coefficients) + Op::kCoefficients * s.width;
+  constexpr bool kHeld = Op::kKnown * Chunk::kLanes <= Op::kMostHeld;
+  const Coefficients<A, Op::kKnown, Chunk, kHeld> known(table, s.width, chunk);
 #pragma unroll 1
   for (int step = 0, batch = 1; step < chunk.steps; step += kBatch<Op>, ++batch) {
-    Packs packs[kBatch<Op>];
+    Packs<Op, kWidth> packs[kBatch<Op>];
     const bool keeps = kKeeps && step < s.kept;
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
-      if (step + u < chunk.steps) packs[u] = op.template load<kWidth>(chunk.offset(step + u), !keeps);
+      if (step + u < chunk.steps) {
+        op.load(packs[u], chunk.offset(step + u), !keeps);
+        if constexpr (Op::kSumsRest) op.load_rest(packs[u], chunk.offset(step + u));
+      }
     const int left = chunk.steps - step, count = left < kBatch<Op> ? left : kBatch<Op>;
     if (step == 0) op.start(lanes, chunk, packs, count);
     if (keeps)
@@ -45,10 +89,10 @@ __device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const
       for (int u = 0; u < kBatch<Op>; ++u)
         if (u < count)
 #pragma unroll
-          for (int i = 0; i < Op::kInputs; ++i) kept_at<Op, kWidth>(s, step + u)[i * kThreads] = packs[u].in[i];
+          for (int i = 0; i < Op::kKept; ++i) kept_at<Op, kWidth>(s, step + u)[i * kThreads] = packs[u].in[i];
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
-      if (u < count) op.add(lanes, packs[u]);
+      if (u < count) op.add(lanes, packs[u], known);
     // The centres follow the mean while they gain from it: after 2, 4, 8... batches.
     if (batch > 1 && (batch & (batch - 1)) == 0) lanes.recentre((step + count) * (kWidth / Chunk::kLanes));
   }
@@ -59,25 +103,24 @@ __device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const
 // come before those that are kept.
 template <bool kKeeps, typename Op, int kWidth, typename Chunk>
 __device__ __forceinline__ void map_chunk(const Shape& s, const Op& op, const Chunk& chunk) {
-  const auto* const table = shared_at<typename Op::A>(s.layout.coefficients);
+  using A = typename Op::A;
   if (chunk.steps == 0) return;
-  typename Op::A c[Op::kCoefficients][Chunk::kLanes];
-#pragma unroll
-  for (int i = 0; i < Op::kCoefficients; ++i)
-#pragma unroll
-    for (int l = 0; l < Chunk::kLanes; ++l) c[i][l] = table[i * s.width + chunk.channel(l)];
+  constexpr int kCount = Op::kCoefficients + Op::kKnown;
+  constexpr bool kHeld = kCount * Chunk::kLanes <= Op::kMostHeld;
+  const Coefficients<A, kCount, Chunk, kHeld> c(shared_at<A>(s.layout.coefficients), s.width, chunk);
 #pragma unroll 1
   for (int step = (chunk.steps - 1) / kBatch<Op> * kBatch<Op>; step >= 0; step -= kBatch<Op>) {
-    typename Op::template Packs<kWidth> packs[kBatch<Op>];
+    Packs<Op, kWidth> packs[kBatch<Op>];
     const bool kept = kKeeps && step < s.kept;
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u) {
       if (step + u >= chunk.steps) break;
       if (kept)
 #pragma unroll
-        for (int i = 0; i < Op::kInputs; ++i) packs[u].in[i] = kept_at<Op, kWidth>(s, step + u)[i * kThreads];
+        for (int i = 0; i < Op::kKept; ++i) packs[u].in[i] = kept_at<Op, kWidth>(s, step + u)[i * kThreads];
       else
-        packs[u] = op.template load<kWidth>(chunk.offset(step + u), false);
+        op.load(packs[u], chunk.offset(step + u), false);
+      op.load_rest(packs[u], chunk.offset(step + u));
     }
 #pragma unroll
     for (int u = 0; u < kBatch<Op>; ++u)
@@ -111,6 +154,19 @@ __device__ __forceinline__ bool sum_team(const Shape& s, const Workspace& ws, in
   return true;
 }
 
+// Fills in the coefficients that are known before the sums.
+template <typename Op, typename Chunk>
+__device__ __forceinline__ void fill_known(const Shape& s, const Op& op, const Chunk& chunk) {
+  auto* const table = shared_at<typename Op::A>(s.layout.coefficients) + Op::kCoefficients * s.width;
+#pragma unroll 1
+  for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) {
+    typename Op::A known[Op::kKnown];
+    op.known_before(chunk.first + c, known);
+#pragma unroll
+    for (int i = 0; i < Op::kKnown; ++i) table[i * s.width + c] = known[i];
+  }
+}
+
 template <Phase kPhase, typename Op, typename Chunk, int kWidth>
 __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspace& ws) {
   using A = typename Op::A;
@@ -126,6 +182,11 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
   int half = 0;
   for (int group = team; group < s.groups; group += s.teams, half ^= 1) {
     const Chunk chunk(s, group, rank);
+    if constexpr (Op::kKnown > 0) {
+      if constexpr (kPhase == Phase::kFused) __syncthreads();  // those of the group before have been read
+      fill_known(s, op, chunk);
+      if constexpr (kPhase != Phase::kMap) __syncthreads();
+    }
     if constexpr (kPhase != Phase::kMap) {
       const int thread = threadIdx.x;
       A origin = 0;  // an element; loaded here, so that its latency is that of the chunk's first loads
@@ -181,34 +242,22 @@ auto with_kernel(const Plan& plan, const F& f) {
                             : f(norm_kernel<kPhase, Op, ColumnChunk<1>, 1>);
 }
 
-template <typename Op, typename F>
-auto with_kernel(Phase phase, const Plan& plan, const F& f) {
-  switch (phase) {
-    case Phase::kFused:
-      return with_kernel<Phase::kFused, Op>(plan, f);
-    case Phase::kReduce:
-      return with_kernel<Phase::kReduce, Op>(plan, f);
-    default:
-      return with_kernel<Phase::kMap, Op>(plan, f);
-  }
-}
-
-// The launches of a plan: launch(phase, how, op) is called for each.
+// The launches of a plan: launch.operator()<phase>(how, op) is called for each.
 template <typename Op, typename F>
 void run(const Plan& plan, const Op& op, double* between, const F& launch) {
   switch (plan.policy) {
     case Policy::kSplit:
-      launch(Phase::kReduce, plan.first, op.reduction(between));
-      launch(Phase::kMap, plan.second, op.mapping(between));
+      launch.template operator()<Phase::kReduce>(plan.first, op.reduction(between));
+      launch.template operator()<Phase::kMap>(plan.second, op.mapping(between));
       break;
     case Policy::kReduce:
-      launch(Phase::kReduce, plan.first, op);
+      launch.template operator()<Phase::kReduce>(plan.first, op.reduction(nullptr));
       break;
     case Policy::kMap:
-      launch(Phase::kMap, plan.first, op);
+      launch.template operator()<Phase::kMap>(plan.first, op);
       break;
     default:
-      launch(Phase::kFused, plan.first, op);
+      launch.template operator()<Phase::kFused>(plan.first, op);
   }
 }
 

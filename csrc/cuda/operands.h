@@ -4,14 +4,18 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cstdint>
+#include <optional>
+#include <string_view>
+#include <type_traits>
 
+#include "../activation_table.h"
 #include "../layout.h"
 #include "../ops.h"
-#include "backward.cuh"
-#include "forward.cuh"
-#include "plan.h"
+#include "activated.cuh"
+#include "launch.h"
 
 namespace batchnorm_ext::cuda {
 
@@ -74,7 +78,7 @@ inline Geometry checked_geometry(const Tensor& x, const Domain& domain = {}) {
 
 template <typename Op>
 Request request(const Geometry& geometry, bool aligned, bool reduces, bool maps) {
-  return {geometry, sizeof(typename Op::T), Op::kInputs, Op::kCoefficients, aligned, reduces, maps};
+  return {geometry, sizeof(typename Op::T), Op::kKept, Op::kCoefficients + Op::kKnown, aligned, reduces, maps};
 }
 
 template <typename T>
@@ -89,16 +93,47 @@ Forward<T> forward_of(const Tensor& x, const Geometry& geometry) {
 
 inline Tensor empty_sums(const Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(at::kDouble)); }
 
+// A residual and an activation behind the norm. Without either, the kernels are those that know of neither.
+struct After {
+  OptionalTensor residual;
+  Activation activation;
+
+  After(const OptionalTensor& added, std::string_view name, const Tensor& x)
+      : residual(added ? OptionalTensor(like_layout(*added, x)) : std::nullopt),
+        activation(activation_named(name).make()) {}
+
+  bool is_nothing() const { return !residual && activation.curve == Curve::kNone; }
+  bool is_aligned() const { return !residual || aligned(*residual); }
+  template <typename T>
+  const T* residual_data() const {
+    return residual ? read<T>(*residual) : nullptr;
+  }
+};
+
+// float64 has no kernels with an activation; norm.cu refuses it.
+template <typename T>
+void launch(const Forward<T>& op, const After& after, bool aligned, bool reduces) {
+  if (after.is_nothing()) return launch(op, request<Forward<T>>(op.geometry, aligned, reduces, true));
+  if constexpr (!std::is_same_v<T, double>)
+    launch(ActivatedForward<T>{op, after.residual_data<T>(), PackActivation<T>(after.activation)},
+           request<ActivatedForward<T>>(op.geometry, aligned && after.is_aligned(), reduces, true));
+}
+
 // What all backwards share: the tensors as the kernels take them.
 struct Gradient {
-  Gradient(const Tensor& grad, const Tensor& input, const Domain& domain = {})
-      : x(dense(input, domain)), dy(like_layout(grad, x)), geometry(checked_geometry(x, domain)) {}
+  Gradient(const GradOperands& o, const GradSpec& s)
+      : x(dense(o.x, s.domain)),
+        dy(like_layout(o.dy, x)),
+        bias(o.bias),
+        after(o.residual, s.activation, x),
+        dresidual(after.residual ? at::empty_like(x) : Tensor()),
+        geometry(checked_geometry(x, s.domain)) {}
 
   const Tensor x, dy;
+  const OptionalTensor bias;
+  const After after;
+  const Tensor dresidual;  // undefined without a residual
   const Geometry geometry;
-
-  // dx may be undefined.
-  bool aligned_with(const Tensor& dx) const { return aligned(x, dy) && (!dx.defined() || aligned(dx)); }
 
   template <typename T>
   Backward<T> op(const OptionalTensor& weight, const Tensor& stats) const {
@@ -112,6 +147,19 @@ struct Gradient {
     op.invstds = op.means + geometry.stats();
     op.weight = read_channels<T>(weight);
     return op;
+  }
+
+  // Where op maps, dx is defined, and dresidual is written too.
+  template <typename T>
+  void launch(const Backward<T>& op, const Tensor& dx, bool reduces, bool maps) const {
+    const bool is_aligned = aligned(x, dy) && (!maps || aligned(dx));
+    if (after.is_nothing()) return cuda::launch(op, request<Backward<T>>(geometry, is_aligned, reduces, maps));
+    if constexpr (!std::is_same_v<T, double>) {
+      ActivatedBackward<T> with{op, after.residual_data<T>(), nullptr, read_channels<T>(bias),
+                                PackActivation<T>(after.activation)};
+      if (maps && dresidual.defined()) with.dresidual = write<T>(dresidual);
+      cuda::launch(with, request<ActivatedBackward<T>>(geometry, is_aligned && after.is_aligned(), reduces, maps));
+    }
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../host_device.h"
 #include "device.cuh"
 
 namespace batchnorm_ext::cuda {
@@ -10,13 +11,13 @@ namespace batchnorm_ext::cuda {
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-__device__ __forceinline__ double widen(double v) { return v; }
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+BATCHNORM_EXT_HD double widen(double v) { return v; }
+BATCHNORM_EXT_HD float widen(float v) { return v; }
+BATCHNORM_EXT_HD float widen(__half v) { return __half2float(v); }
+BATCHNORM_EXT_HD float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
-__device__ __forceinline__ T narrow(Acc<T> v) {
+BATCHNORM_EXT_HD T narrow(Acc<T> v) {
   if constexpr (std::is_same_v<T, __half>)
     return __float2half_rn(v);
   else if constexpr (std::is_same_v<T, __nv_bfloat16>)

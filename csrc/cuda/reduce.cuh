@@ -52,7 +52,7 @@ __device__ __forceinline__ double2 resum(const Chunk& chunk, const Op& op, int c
   double2 sum{0, 0};
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < chunk.count(); i += kWarp) {
-    const double2 terms = op.terms(chunk.element(channel, i), origin);
+    const double2 terms = op.terms(chunk.first + channel, chunk.element(channel, i), origin);
     sum.x += terms.x;
     sum.y += terms.y;
   }

@@ -53,6 +53,7 @@ void reduce_groups(Forward<T> op, const Tensor& x) {
 Normalized normalize_samples(const Operands& o, const Spec& s) {
   const Tensor x = dense(o.x, s.domain);
   const Geometry g = checked_geometry(x, s.domain);
+  const After after(o.residual, s.activation, x);
   Tensor y = at::empty_like(x);
   Tensor stats = at::empty({2, g.stats()}, x.options().dtype(at::kDouble));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -66,7 +67,7 @@ Normalized normalize_samples(const Operands& o, const Spec& s) {
     const bool grouped = g.per_stat > 1;
     if (grouped) reduce_groups(op, x);
     op.source = grouped ? Source::kStats : Source::kBatch;
-    launch(op, request<Forward<T>>(g, aligned(x, y), !grouped, true));
+    launch(op, after, aligned(x, y), !grouped);
   });
   if (s.update) track(o, s, g, stats);
   return {std::move(y), std::move(stats)};
@@ -86,7 +87,7 @@ void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight,
     op.count = static_cast<double>(g.cell_count());
     const bool maps_later = maps && g.per_stat > 1;
     if (maps && !maps_later) op.dx = write<T>(dx);
-    launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), true, maps && !maps_later));
+    gradient.launch(op, dx, true, maps && !maps_later);
     if (!wants_parameters && !maps_later) return;
     const Tensor combined = maps_later ? empty_sums(gradient.x, 2 * g.stats()) : Tensor();
     launch_combine(CombineGrads<T>{g, op.weight, write_channels<T>(optional(dweight)),
@@ -97,7 +98,7 @@ void backward_of_samples(const Gradient& gradient, const OptionalTensor& weight,
     op.sums = read<double>(combined);
     op.sums_out = nullptr;
     op.count = static_cast<double>(g.count());
-    launch(op, request<Backward<T>>(g, gradient.aligned_with(dx), false, true));
+    gradient.launch(op, dx, false, true);
   });
 }
 

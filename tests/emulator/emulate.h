@@ -16,8 +16,8 @@ template <typename Op>
 void emulate(const Plan& plan, const Op& op, void* counters, void* scratch, std::uint64_t seed) {
   const Scratch sizes = plan.scratch();
   const Workspace workspace(counters, scratch, sizes);
-  run(plan, op, Workspace::at<double>(scratch, sizes.between), [&](Phase phase, const Launch& how, const Op& part) {
-    with_kernel<Op>(phase, plan, [&](auto kernel) {
+  run(plan, op, Workspace::at<double>(scratch, sizes.between), [&]<Phase phase>(const Launch& how, const auto& part) {
+    with_kernel<phase, std::remove_cvref_t<decltype(part)>>(plan, [&](auto kernel) {
       emulator::launch({.grid = {static_cast<unsigned>(how.shape.teams), static_cast<unsigned>(how.shape.ranks)},
                         .block = kThreads,
                         .shared_bytes = static_cast<std::size_t>(how.shared_bytes),

@@ -54,7 +54,7 @@ class Test : Problem<T> {
     using Op = std::remove_cvref_t<decltype(op)>;
     // Of an empty tensor one that has its channels, as the launches of the library have it.
     const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.channels, 1, g_.batch};
-    const Request request{g, sizeof(T), Op::kInputs, Op::kCoefficients, aligned_, reduces, maps};
+    const Request request{g, sizeof(T), Op::kKept, Op::kCoefficients + Op::kKnown, aligned_, reduces, maps};
     Device device;
     device.sms = static_cast<int>(settings_.number("sms"));
     device.shared_per_sm = device.shared_per_block = settings_.number("shared");
