@@ -86,6 +86,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 }
 
 Normalized apply(const Operands& o, const Spec& s) {
+  check_plain(o.residual, s.activation);
   check_operands(o, s);
   check_memory(o, s);
   check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
@@ -163,8 +164,10 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
   return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
 }
 
-Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
+Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& count) {
+  const auto& [grad, input, weight, bias, residual, stats] = o;
+  check_plain(residual, s.activation);
+  check_backward(o, s);
   const CUDAGuard guard(input.device());
   const int64_t size = 2 * input.size(1);
   if (input.numel() == 0) return at::zeros({size}, input.options().dtype(at::kDouble));
@@ -179,15 +182,16 @@ Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats
   return sums;
 }
 
-Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                  const Tensor& grad_sums, const Tensor& count) {
-  check_backward({grad, input, weight, kNone, kNone, stats}, {true, {}, {}});
+InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
+  const auto& [grad, input, weight, bias, residual, stats] = o;
+  check_plain(residual, s.activation);
+  check_backward(o, s);
   check_sums(input, grad_sums, 2 * input.size(1), "grad_sums");
   check_sums(input, count, 1, "count");
   const CUDAGuard guard(input.device());
   const Gradient gradient(grad, input);
   Tensor dx = at::empty_like(gradient.x);
-  if (dx.numel() == 0) return dx;
+  if (dx.numel() == 0) return {std::move(dx), Tensor()};
   with_dtype(input.scalar_type(), [&](auto type) {
     using T = decltype(type);
     Backward<T> op = gradient.op<T>(weight, stats);
@@ -196,7 +200,7 @@ Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor&
     op.total_count = read<double>(count);
     launch(op, request<Backward<T>>(gradient.geometry, gradient.aligned_with(dx), false, true));
   });
-  return dx;
+  return {std::move(dx), Tensor()};
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
@@ -205,8 +209,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
-  m.impl("grad_moments", grad_moments);
-  m.impl("grad_apply", grad_apply);
+  register_grad_halves<grad_moments, grad_apply>(m);
 }
 
 }  // namespace
