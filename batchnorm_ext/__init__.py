@@ -7,11 +7,11 @@
 ``RMSNorm`` are drop-ins for the ``torch.nn`` classes, ``functional`` for the functions and
 ``weight_norm`` for the parametrization. ``BatchNormAct1d/2d/3d`` and ``GroupNormAct`` add a
 residual and apply an activation in the same pass. ``convert_sync_batchnorm`` makes layers normalize
-over all ranks (``SyncBatchNorm``), ``revert`` undoes both conversions. ``preprocessing`` scales
-features, ``update_population_stats`` and ``as_affine`` prepare a model for evaluation, ``fold``
-merges norms into the layers next to them, ``fuse`` with the additions and activations after them.
-``show_config`` tells how the library was built, ``python -m batchnorm_ext`` prints what a bug
-report needs and tests it.
+over all ranks (``SyncBatchNorm``, ``SyncBatchNormAct``), ``revert`` undoes both conversions.
+``preprocessing`` scales features, ``update_population_stats`` and ``as_affine`` prepare a model for
+evaluation, ``fold`` merges norms into the layers next to them, ``fuse`` with the additions and
+activations after them. ``show_config`` tells how the library was built, ``python -m batchnorm_ext``
+prints what a bug report needs and tests it.
 """
 
 from batchnorm_ext import functional, preprocessing
@@ -42,6 +42,7 @@ from batchnorm_ext.modules_act import (
     BatchNormAct2d,
     BatchNormAct3d,
     GroupNormAct,
+    SyncBatchNormAct,
 )
 from batchnorm_ext.parametrizations import weight_norm
 from batchnorm_ext.population import as_affine, update_population_stats
@@ -70,6 +71,7 @@ __all__ = [
     "LazyInstanceNorm3d",
     "RMSNorm",
     "SyncBatchNorm",
+    "SyncBatchNormAct",
     "as_affine",
     "convert",
     "convert_sync_batchnorm",

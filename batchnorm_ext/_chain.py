@@ -26,8 +26,9 @@ from batchnorm_ext._activations import (
 from batchnorm_ext._layer import counting, own, statistics
 from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
+from batchnorm_ext.sync import SyncBatchNorm
 
-FUSED_NORMS = frozenset(
+FUSED_NORMS = frozenset((SyncBatchNorm,)) | frozenset(
     getattr(package, name)
     for package in (nn, modules)
     for name in modules.__all__
@@ -42,6 +43,7 @@ _FORWARDS = {
     ]
     for kind in FUSED_NORMS
 }
+_FORWARDS[SyncBatchNorm].append((nn.SyncBatchNorm, nn.SyncBatchNorm.forward))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -207,8 +209,12 @@ def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) 
     weight, bias = own(norm, "_parameters", "weight"), own(norm, "_parameters", "bias")
     mean, var, batches = statistics(norm)
     tensors = (x, mean, var, weight, bias, residual)
-    kernels = can_fuse(x, residual, name) and not _ops.leaves_process()
-    if not kernels or not _ops.takes(BATCH_NORM, tensors):
+    if not can_fuse(x, residual, name) or _ops.leaves_process():
+        return None
+    group = norm._group_now() if isinstance(norm, SyncBatchNorm) else None
+    if group is not None:
+        return norm._synchronized(group, x, residual, name)
+    if not _ops.takes(BATCH_NORM, tensors):
         return None
     norm._check_input_dim(x)
     counted, batches, momentum = counting(norm.momentum, batches, mean, var)

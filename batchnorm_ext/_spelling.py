@@ -193,10 +193,16 @@ _FUNCTIONS = {
 }
 
 
+_OPERATORS = (
+    OPS.batch_norm.default,
+    OPS.batch_norm_update.default,
+    OPS.sync_batch_norm.default,
+)
+
+
 def _norm_of_operator(node: fx.Node, call: fx.Node) -> Norm | None:
     """The first result of an operator: Dynamo traces into the layers of this library."""
-    operators = (OPS.batch_norm.default, OPS.batch_norm_update.default)
-    if node.args[1] != 0 or call.target not in operators:
+    if node.args[1] != 0 or call.target not in _OPERATORS:
         return None
     names = [argument.name for argument in call.target._schema.arguments]
     if "activation" not in names:
@@ -231,7 +237,7 @@ def writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         name = node.target
         in_place = name.endswith("_") and not name.endswith("__")
         return in_place or name.startswith(("__i", "__set"))
-    if node.target in (OPS.batch_norm_update.default, *_FUNCTIONS):
+    if node.target in (*_OPERATORS, *_FUNCTIONS):
         return False  # but for the running statistics
     if node.target in _chain.IN_PLACE:
         return True

@@ -12,6 +12,12 @@ from torch.nn.utils import parametrize
 
 from batchnorm_ext import modules
 from batchnorm_ext._rewrite import unfuse
+from batchnorm_ext.modules_act import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    SyncBatchNormAct,
+)
 from batchnorm_ext.sync import SyncBatchNorm
 
 __all__ = ["convert", "convert_sync_batchnorm", "revert"]
@@ -20,7 +26,14 @@ Module = TypeVar("Module", bound=nn.Module)
 
 _OURS = {getattr(nn, name): getattr(modules, name) for name in modules.__all__}
 _NATIVE = {ours: native for native, ours in _OURS.items()}
-_BATCH_NORMS = tuple(native for native in _OURS if issubclass(native, _BatchNorm))
+_BATCH_NORMS = [
+    kind
+    for kind in (*_OURS, *_NATIVE)
+    if issubclass(kind, _BatchNorm) and not issubclass(kind, LazyModuleMixin)
+]
+_SYNC = (SyncBatchNorm, SyncBatchNormAct)
+_SYNCHRONIZED = dict.fromkeys([*_BATCH_NORMS, nn.SyncBatchNorm], SyncBatchNorm)
+_SYNCHRONIZED |= dict.fromkeys([BatchNormAct1d, BatchNormAct2d, BatchNormAct3d], SyncBatchNormAct)
 
 
 def convert(module: Module, norms: Iterable[type[nn.Module]] | None = None) -> Module:
@@ -69,8 +82,9 @@ def convert_sync_batchnorm(
 ) -> Module:
     """Make every batch normalization in ``module`` one over all ranks, a :class:`SyncBatchNorm`.
 
-    Takes the layers of ``torch.nn``, ``SyncBatchNorm`` included, and those of this library; in
-    place and as lossless as :func:`convert`. Each layer remembers the class it comes from.
+    Takes the layers of ``torch.nn``, ``SyncBatchNorm`` included, and those of this library, of
+    which ``BatchNormAct1d/2d/3d`` become :class:`SyncBatchNormAct`; in place and as lossless as
+    :func:`convert`. Each layer remembers the class it comes from.
 
     Args:
         module: any module; converting twice is harmless.
@@ -91,20 +105,17 @@ def convert_sync_batchnorm(
         <class 'batchnorm_ext.sync.SyncBatchNorm'>
     """
 
-    ours = tuple(_OURS[native] for native in _BATCH_NORMS)
-    converted = (*_BATCH_NORMS, *ours, nn.SyncBatchNorm)
-
     def become_sync(layer: nn.Module, kind: type, name: str) -> type | None:
-        if kind is SyncBatchNorm and process_group is not None:
+        if kind in _SYNC and process_group is not None:
             layer.process_group = process_group
             return kind
-        if kind not in converted or issubclass(kind, LazyModuleMixin):
+        if kind not in _SYNCHRONIZED:
             return None
         own_group = getattr(layer, "process_group", None)
         layer.process_group = own_group if process_group is None else process_group
         layer._batchnorm_ext_name = name or kind.__name__
         layer._batchnorm_ext_origin = kind, own_group
-        return SyncBatchNorm
+        return _SYNCHRONIZED[kind]
 
     return _swap(
         module,
@@ -118,7 +129,8 @@ def revert(module: Module) -> Module:
     """Undo :func:`fuse`, and of each layer the last conversion.
 
     Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
-    ``torch.nn.SyncBatchNorm`` if it was made as it is. Every other layer of this library becomes
+    ``torch.nn.SyncBatchNorm`` if it was made as it is. A :class:`SyncBatchNormAct` becomes a layer
+    of the class that it was converted from. Every other layer of this library becomes
     the ``torch.nn`` layer it stands for; layers that went through both conversions get there by a
     second ``revert``. Modules whose forward :func:`fuse` has rewritten run their own again. In
     place and as lossless as :func:`convert`; subclasses of this library's layers are left as they
@@ -141,7 +153,8 @@ def revert(module: Module) -> Module:
     """
 
     def become_native(layer: nn.Module, kind: type, name: str) -> type | None:
-        if kind is not SyncBatchNorm:
+        made_here = kind is SyncBatchNormAct and layer._batchnorm_ext_origin is None
+        if kind not in _SYNC or made_here:
             return _NATIVE.get(kind)
         kind, layer.process_group = layer._batchnorm_ext_origin or (
             nn.SyncBatchNorm,

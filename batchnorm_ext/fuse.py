@@ -15,13 +15,12 @@ from batchnorm_ext._trace import Tracer
 from batchnorm_ext.convert import convert
 from batchnorm_ext.fusion import Fusions
 from batchnorm_ext.modules import LayerNorm, RMSNorm
-from batchnorm_ext.sync import SyncBatchNorm
 
 __all__ = ["fuse"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_UNFUSED = (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm, nn.SyncBatchNorm, SyncBatchNorm)
+_UNFUSED = (nn.LayerNorm, LayerNorm, nn.RMSNorm, RMSNorm, nn.SyncBatchNorm)
 
 
 @overload
@@ -43,12 +42,12 @@ def fuse(
     :func:`batchnorm_ext.functional.batch_norm_act`.
 
     Converts the layers (:func:`convert`) and rewrites the forwards that call them. Takes batch,
-    instance and group normalization followed by an activation, by an addition, or by an addition
-    and an activation, in any spelling: modules, functions, methods, operators, in place or not. Of
-    two norms that are added one takes the result of the other as what it adds. Each forward is
-    traced by ``torch.fx`` alone, with all modules that it calls as they are, so that a model need
-    not be traceable as a whole; ``nn.Sequential``, and subclasses with its forward, run their
-    layers pair by pair.
+    instance and group normalization, and this library's ``SyncBatchNorm``, followed by an
+    activation, by an addition, or by an addition and an activation, in any spelling: modules,
+    functions, methods, operators, in place or not. Of two norms that are added one takes the result
+    of the other as what it adds. Each forward is traced by ``torch.fx`` alone, with all modules
+    that it calls as they are, so that a model need not be traceable as a whole; ``nn.Sequential``,
+    and subclasses with its forward, run their layers pair by pair.
 
     A forward stays as it is, with the reason in the report, where the graph does not show all that
     it does: where it branches on a tensor, sets an attribute, reads lists or globals, calls what is

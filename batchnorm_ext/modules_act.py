@@ -1,5 +1,6 @@
 """Normalization, the addition of a residual and an activation as one layer."""
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchnorm_ext import functional
@@ -8,8 +9,15 @@ from batchnorm_ext._activations import activation_name, then
 from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
 from batchnorm_ext._layer import own
 from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
+from batchnorm_ext.sync import SyncBatchNorm
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "GroupNormAct"]
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "GroupNormAct",
+    "SyncBatchNormAct",
+]
 
 
 class _Activated:
@@ -42,8 +50,8 @@ class _BatchNormAct(_Activated):
         dtype=None,
         **kwargs,
     ) -> None:
-        options = (eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(num_features, *options, **kwargs)
+        options = (eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, *options, device=device, dtype=dtype, **kwargs)
         self.activation = activation_name(activation)
 
     def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -86,6 +94,68 @@ class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
         >>> norm(torch.randn(2, 16, 8, 32, 32)).shape
         torch.Size([2, 16, 8, 32, 32])
     """
+
+
+class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
+    r"""A :class:`SyncBatchNorm`, the addition of a residual and an activation in one pass.
+
+    .. math:: y = \phi\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
+        + \beta + r\right)
+
+    with mean and variance of the batches of all ranks, an activation phi and, where ``forward`` is
+    given one, a residual r of the shape, dtype and device of the input, which each rank adds to its
+    own batch. The messages are those of :class:`SyncBatchNorm`, as are parameters, buffers and
+    ``state_dict``; in evaluation and in one process it is a plain :class:`BatchNormAct2d`.
+    ``convert_sync_batchnorm`` makes it of ``BatchNormAct1d/2d/3d``, and ``revert`` undoes that. On
+    CUDA PyTorch's functions add and activate, after the norm of this library.
+
+    Source: Ioffe & Szegedy, *Batch Normalization*, 2015, algorithm 1 over the union of the batches,
+    with what stands around it in a network.
+
+    Args:
+        num_features: C, of inputs ``(N, C, ...)`` in float32, float64, bfloat16 or float16 and any
+            memory format.
+        activation: as in :class:`BatchNormAct2d`.
+        eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
+        process_group: the ranks to synchronize with; None for all.
+        device, dtype, kwargs: as in :class:`torch.nn.BatchNorm2d`.
+
+    Raises:
+        ValueError: an unknown activation; a residual unlike the input, before any message.
+
+        Others as :class:`SyncBatchNorm`.
+
+    Example::
+
+        >>> dist.init_process_group("gloo")  # under torchrun
+        >>> norm = batchnorm_ext.SyncBatchNormAct(64, "relu")
+        >>> x, shortcut = torch.randn(2, 2, 64, 56, 56)
+        >>> norm(x, shortcut).min() >= 0
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: str | nn.Module | type[nn.Module] = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: "dist.ProcessGroup | None" = None,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        options = (eps, momentum, affine, track_running_stats, device, dtype)
+        kwargs["process_group"] = process_group
+        super().__init__(num_features, activation, *options, **kwargs)
+
+    def _synchronized(
+        self, group: "dist.ProcessGroup", input: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        check_residual(input, residual)
+        return super()._synchronized(group, input, residual, self.activation)
 
 
 @documented("(N, C, *)", GROUP_ACT)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm_ext import _ops, sync_debug
+from batchnorm_ext._activations import can_fuse, then
 from batchnorm_ext._layer import FusedBatchNorm, counting, own, statistics
 from batchnorm_ext._native import Native
 from batchnorm_ext._tracking import track
@@ -116,26 +117,43 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._forward_or_leave(input)
+
+    def _forward_or_leave(self, input: Tensor, *more: Tensor) -> Tensor:
         if _Native.forward is not _native_forward:  # replaced, see Fused
-            return _Native.forward(self, input)
-        if self.training and self.track_running_stats and self.num_batches_tracked is None:
-            raise AssertionError("num_batches_tracked must not be None")
-        group = self._group() if self.training else None
+            return self._torch_forward(input, *more)
+        group = self._group_now()
         if group is None or isinstance(input, fx.Proxy):
-            return super().forward(input)
+            return super()._forward_or_leave(input, *more)
+        return self._synchronized(group, input, *more)
+
+    def _torch_forward(self, input: Tensor) -> Tensor:
+        if _Native.forward is not _native_forward:
+            return _Native.forward(self, input)
+        return super()._torch_forward(input)
+
+    def _synchronized(
+        self,
+        group: "dist.ProcessGroup",
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "",
+    ) -> Tensor:
+        if (activation or residual is not None) and not can_fuse(input, residual, activation):
+            return then(SyncBatchNorm._synchronized(self, group, input), residual, activation)
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
         mean, var, batches = statistics(self)
         layer = (
             f"SyncBatchNorm {self._batchnorm_ext_name}, on rank {group.rank()} of {group.size()}"
         )
-        if reason := _ops.refusal(_SYNC_BATCH_NORM, (input, mean, var, weight, bias)):
+        if reason := _ops.refusal(_SYNC_BATCH_NORM, (input, mean, var, weight, bias, residual)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
         debug = _DEBUG and not torch.compiler.is_compiling()
         if debug:
             self._compare_ranks("forward", group, input)
         counted, batches, momentum = counting(self.momentum, batches, mean, var)
-        options = (momentum, self.eps, group.group_name, layer)
+        options = (momentum, self.eps, group.group_name, layer, residual, activation)
         if mean is None:
             output = _ops.sync_batch_norm(input, weight, bias, mean, var, batches, *options)[0]
         else:
@@ -144,6 +162,14 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         if debug and _wants_gradient(input):
             output.register_hook(lambda _: self._compare_ranks("backward", group, input))
         return output
+
+    def _group_now(self) -> "dist.ProcessGroup | None":
+        """The group to synchronize with in the mode that the layer is in."""
+        if not self.training:
+            return None
+        if self.track_running_stats and self.num_batches_tracked is None:
+            raise AssertionError("num_batches_tracked must not be None")
+        return self._group()
 
     def _group(self) -> "dist.ProcessGroup | None":
         """The group to synchronize with, if it has other ranks."""

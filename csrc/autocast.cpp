@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "ops.h"
 
@@ -35,11 +36,12 @@ template <at::DeviceType device>
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                           std::string group, std::string layer) {
+                           std::string group, std::string layer, const OptionalTensor& residual,
+                           std::string_view activation) {
   const auto guard = without_autocast<device>();
   static const auto op = find_operator<decltype(sync_batch_norm<device>)>("batchnorm_ext::sync_batch_norm");
   return op.call(x, raised(weight), raised(bias), running_mean, running_var, num_batches_tracked, momentum, eps, group,
-                 layer);
+                 layer, residual, activation);
 }
 
 template <at::DeviceType device>

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -46,16 +47,20 @@ ActivatedGradients gradients_by_operators(const Tensor& dy, const Saved& saved, 
 // is on its way.
 ActivatedGradients gradients_by_kernels(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
   if (ranks.alone()) return call_backward(saved.operands(dy), saved.spec(mask));
-  const auto& [x, weight, bias, residual, stats, count, training, bias_dtype, domain, activation, shape] = saved;
-  const Tensor sums = call_grad_moments(dy, x, stats);
-  Tensor pending, dx;
+  const GradOperands operands = saved.operands(dy);
+  const GradSpec spec = saved.spec(mask);
+  const Tensor sums = call_grad_moments(operands, spec, saved.count);
+  Tensor pending, dx, dresidual;
   if (mask[0]) pending = all_reduce(sums, ranks.group);
-  auto [dweight, dbias] = empty_parameter_gradients(x, weight, bias_dtype, mask);
+  auto [dweight, dbias] = empty_parameter_gradients(saved.x, saved.weight, saved.bias_dtype, mask);
   const Tensor local = sums.view({2, -1});
   if (mask[1]) dweight.copy_(local[1]);
   if (mask[2]) dbias.copy_(local[0]);
-  if (mask[0]) dx = call_grad_apply(dy, x, weight, stats, wait(pending), count);
-  return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+  if (mask[0])
+    std::tie(dx, dresidual) = call_grad_apply(operands, spec, wait(pending), saved.count);
+  else if (saved.residual)  // it takes no part in the statistics, as nothing does in evaluation
+    dresidual = std::get<3>(call_backward(operands, {false, {}, {}, {}, spec.activation}));
+  return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
 }
 
 ActivatedGradients gradients(const Tensor& dy, const Saved& saved, const Ranks& ranks, const Mask& mask) {
@@ -110,7 +115,7 @@ Outputs forward(const Call& call) {
   check_memory(o, s);
   const OptionalTensor sums = wait(all_reduce(call_moments(o.x), ranks.group));
   std::tie(outputs.y, outputs.stats) =
-      call_forward({o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums, kNone}, s);
+      call_forward({o.x, o.weight, o.bias, o.running_mean, o.running_var, o.num_batches_tracked, sums, o.residual}, s);
   outputs.count = sums->slice(0, -1);
   return outputs;
 }
@@ -245,12 +250,13 @@ Gradients backward_alone(const GradOperands& o, const GradSpec& s) {
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
                            const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
-                           std::string group, std::string layer) {
+                           std::string group, std::string layer, const OptionalTensor& residual,
+                           std::string_view activation) {
   const Ranks ranks{std::move(group), std::move(layer)};
   return ranks.named("forward", x, [&] {
     const bool update = running_mean && running_var;
-    return normalize({x, weight, bias, running_mean, running_var, num_batches_tracked, kNone, kNone},
-                     {true, eps, update, momentum}, ranks);
+    return normalize({x, weight, bias, running_mean, running_var, num_batches_tracked, kNone, residual},
+                     {true, eps, update, momentum, {}, activation}, ranks);
   });
 }
 

@@ -60,17 +60,17 @@ Tensor moments(const Tensor& x) {
   return empty_doubles(x, {sums_size(x.sym_size(1))});
 }
 
-Tensor grad_moments(const Tensor& dy, const Tensor& x, const Tensor& stats) {
-  require([&] { check_backward({dy, x, kNone, kNone, kNone, stats}, {true, {}, {}}); });
-  return empty_doubles(x, {x.sym_size(1) * 2});
+Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& count) {
+  require([&] { check_backward(o, s); });
+  if (count) check_sums(o.x, *count, 1, "count");
+  return empty_doubles(o.x, {o.x.sym_size(1) * 2});
 }
 
-Tensor grad_apply(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& stats,
-                  const Tensor& grad_sums, const Tensor& count) {
-  require([&] { check_backward({dy, x, weight, kNone, kNone, stats}, {true, {}, {}}); });
-  check_sums(x, grad_sums, x.sym_size(1) * 2, "grad_sums");
-  check_sums(x, count, 1, "count");
-  return at::empty_like(x);
+InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
+  require([&] { check_backward(o, s); });
+  check_sums(o.x, grad_sums, o.x.sym_size(1) * 2, "grad_sums");
+  check_sums(o.x, count, 1, "count");
+  return {at::empty_like(o.x), o.residual ? at::empty_like(o.x) : Tensor()};
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
@@ -79,8 +79,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
-  m.impl("grad_moments", grad_moments);
-  m.impl("grad_apply", grad_apply);
+  register_grad_halves<grad_moments, grad_apply>(m);
 }
 
 }  // namespace

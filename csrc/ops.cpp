@@ -67,27 +67,39 @@ TORCH_LIBRARY(batchnorm_ext, m) {
 
   // batch_norm in training with the statistics computed from `sums`, which may cover several batches:
   //   mean = S1 / n,  variance = S2 / n - mean^2, or 0 where that is within the rounding of the sums
-  m.def("apply(Tensor x, Tensor? weight, Tensor? bias, Tensor sums, float eps) -> (Tensor y, Tensor stats)");
+  m.def(
+      "apply(Tensor x, Tensor? weight, Tensor? bias, Tensor sums, float eps, Tensor? residual=None, "
+      "str activation=\"\") -> (Tensor y, Tensor stats)");
 
   // batch_norm_update with such statistics. The running statistics move even where x is empty, since they are to agree
   // on all ranks. For n == 0 there are no statistics (NaN) and nothing moves. For n == 1 there is no unbiased variance:
   // running_var stays.
   m.def(
       "apply_update(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
-      "Tensor(c!)? num_batches_tracked, Tensor sums, float? momentum, float eps) -> (Tensor y, Tensor stats)");
+      "Tensor(c!)? num_batches_tracked, Tensor sums, float? momentum, float eps, Tensor? residual=None, "
+      "str activation=\"\") -> (Tensor y, Tensor stats)");
 
   // grad_sums = [sum(dy) | sum(dy * xhat)] in float64, [2C]; zeros for an empty batch
-  m.def("grad_moments(Tensor dy, Tensor x, Tensor stats) -> Tensor");
+  // With an activation dresidual takes the place of dy, with `residual` as in batch_norm_activated_backward. weight,
+  // bias and `count`, see grad_apply, are read for z alone.
+  m.def(
+      "grad_moments(Tensor dy, Tensor x, Tensor stats, Tensor? weight=None, Tensor? bias=None, Tensor? residual=None, "
+      "Tensor? count=None, str activation=\"\") -> Tensor");
 
   // dx = weight * invstd * (dy - grad_sums[:C] / count - xhat * grad_sums[C:] / count),  count: one float64
   m.def("grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor grad_sums, Tensor count) -> Tensor dx");
 
+  // The same through an activation, with dresidual in the place of dy; without a residual it is undefined (None).
+  m.def(
+      "activated_grad_apply(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor grad_sums, Tensor count, str activation) -> (Tensor dx, Tensor dresidual)");
+
   // apply(x, ..., sum of moments(x) over the ranks of the group), or apply_update where there are running statistics:
   // batch_norm in training on the batches of all ranks. In backward too, only sums cross the ranks: dx is the
-  // gradient of the sum of all ranks' losses; dweight and dbias are this rank's part of that gradient. Error messages
-  // name `layer`.
+  // gradient of the sum of all ranks' losses; dweight and dbias are this rank's part of that gradient. The gradient of
+  // a residual is that of this rank, and needs no message. Error messages name `layer`.
   m.def(
       "sync_batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name, str layer) "
-      "-> (Tensor y, Tensor stats)");
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, str group_name, str layer, "
+      "Tensor? residual=None, str activation=\"\") -> (Tensor y, Tensor stats)");
 }

@@ -52,6 +52,7 @@ inline const OptionalTensor kNone = std::nullopt;
 using Normalized = std::tuple<at::Tensor, at::Tensor>;                                  // y, stats
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;                       // dx, dweight, dbias
 using ActivatedGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // and dresidual
+using InputGradients = std::tuple<at::Tensor, at::Tensor>;                              // dx, dresidual
 using Mask = std::array<bool, 3>;                                                       // the gradients that are wanted
 
 // Implements the operators that reduce and map at once by run(operands, spec).
@@ -115,17 +116,41 @@ void register_activated_backward(torch::Library& m) {
 template <Normalized (*run)(const Operands&, const Spec&)>
 void register_apply(torch::Library& m) {
   m.impl("apply", [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const at::Tensor& sums, double eps) {
+                     const at::Tensor& sums, double eps, const OptionalTensor& residual, std::string_view activation) {
     const OptionalTensor given = sums;
-    return run({x, weight, bias, kNone, kNone, kNone, given, kNone}, {true, eps});
+    return run({x, weight, bias, kNone, kNone, kNone, given, residual},
+               {true, eps, false, std::nullopt, {}, activation});
   });
-  m.impl("apply_update",
-         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-            const at::Tensor& running_mean, const at::Tensor& running_var, const OptionalTensor& num_batches_tracked,
-            const at::Tensor& sums, std::optional<double> momentum, double eps) {
-           const OptionalTensor mean = running_mean, var = running_var, given = sums;
-           return run({x, weight, bias, mean, var, num_batches_tracked, given, kNone}, {true, eps, true, momentum});
-         });
+  m.impl(
+      "apply_update",
+      [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& running_mean,
+         const at::Tensor& running_var, const OptionalTensor& num_batches_tracked, const at::Tensor& sums,
+         std::optional<double> momentum, double eps, const OptionalTensor& residual, std::string_view activation) {
+        const OptionalTensor mean = running_mean, var = running_var, given = sums;
+        return run({x, weight, bias, mean, var, num_batches_tracked, given, residual},
+                   {true, eps, true, momentum, {}, activation});
+      });
+}
+
+// Implements the halves of the backward: the sums, and the map by given sums of `count` elements per channel.
+template <at::Tensor (*reduce)(const GradOperands&, const GradSpec&, const OptionalTensor& count),
+          InputGradients (*map)(const GradOperands&, const GradSpec&, const at::Tensor& grad_sums,
+                                const at::Tensor& count)>
+void register_grad_halves(torch::Library& m) {
+  m.impl("grad_moments", [](const at::Tensor& dy, const at::Tensor& x, const at::Tensor& stats,
+                            const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                            const OptionalTensor& count, std::string_view activation) {
+    return reduce({dy, x, weight, bias, residual, stats}, {true, {}, {}, {}, activation}, count);
+  });
+  m.impl("grad_apply", [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                          const at::Tensor& stats, const at::Tensor& grad_sums, const at::Tensor& count) {
+    return std::get<0>(map({dy, x, weight, kNone, kNone, stats}, {true, {}, {}}, grad_sums, count));
+  });
+  m.impl("activated_grad_apply", [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& residual, const at::Tensor& stats,
+                                    const at::Tensor& grad_sums, const at::Tensor& count, std::string_view activation) {
+    return map({dy, x, weight, bias, residual, stats}, {true, {}, {}, {}, activation}, grad_sums, count);
+  });
 }
 
 // dweight has the dtype of weight, dbias has bias_dtype (the backward does not get the bias itself). Without the
@@ -163,16 +188,16 @@ inline Normalized call_forward(const Operands& o, const Spec& s) {
                                const Tensor&, const OptionalTensor&, std::optional<double>, double, int64_t,
                                const OptionalTensor&, std::string_view)>("batchnorm_ext::batch_norm_update");
   static const auto apply =
-      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, double)>(
-          "batchnorm_ext::apply");
+      find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, double,
+                               const OptionalTensor&, std::string_view)>("batchnorm_ext::apply");
   static const auto apply_update =
       find_operator<Normalized(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                               const Tensor&, const OptionalTensor&, const Tensor&, std::optional<double>, double)>(
-          "batchnorm_ext::apply_update");
+                               const Tensor&, const OptionalTensor&, const Tensor&, std::optional<double>, double,
+                               const OptionalTensor&, std::string_view)>("batchnorm_ext::apply_update");
   if (o.sums && s.update)
     return apply_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked, *o.sums,
-                             s.momentum, s.eps);
-  if (o.sums) return apply.call(o.x, o.weight, o.bias, *o.sums, s.eps);
+                             s.momentum, s.eps, o.residual, s.activation);
+  if (o.sums) return apply.call(o.x, o.weight, o.bias, *o.sums, s.eps, o.residual, s.activation);
   if (s.update)
     return batch_norm_update.call(o.x, o.weight, o.bias, *o.running_mean, *o.running_var, o.num_batches_tracked,
                                   s.momentum, s.eps, s.domain.groups, o.residual, s.activation);
@@ -203,18 +228,26 @@ inline at::Tensor call_moments(const at::Tensor& x) {
   return op.call(x);
 }
 
-inline at::Tensor call_grad_moments(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& stats) {
+inline at::Tensor call_grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& count) {
   static const auto op =
-      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>("batchnorm_ext::grad_moments");
-  return op.call(dy, x, stats);
+      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view)>(
+          "batchnorm_ext::grad_moments");
+  if (s.activation.empty()) return op.call(o.dy, o.x, o.stats, kNone, kNone, kNone, kNone, {});
+  return op.call(o.dy, o.x, o.stats, o.weight, o.bias, o.residual, count, s.activation);
 }
 
-inline at::Tensor call_grad_apply(const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
-                                  const at::Tensor& stats, const at::Tensor& grad_sums, const at::Tensor& count) {
-  static const auto op =
-      find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
-                               const at::Tensor&, const at::Tensor&)>("batchnorm_ext::grad_apply");
-  return op.call(dy, x, weight, stats, grad_sums, count);
+// Calls grad_apply or activated_grad_apply.
+inline InputGradients call_grad_apply(const GradOperands& o, const GradSpec& s, const at::Tensor& grad_sums,
+                                      const at::Tensor& count) {
+  using at::Tensor;
+  static const auto plain = find_operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                 const Tensor&, const Tensor&)>("batchnorm_ext::grad_apply");
+  static const auto activated = find_operator<InputGradients(
+      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+      const Tensor&, const Tensor&, std::string_view)>("batchnorm_ext::activated_grad_apply");
+  if (s.activation.empty()) return {plain.call(o.dy, o.x, o.weight, o.stats, grad_sums, count), Tensor()};
+  return activated.call(o.dy, o.x, o.weight, o.bias, o.residual, o.stats, grad_sums, count, s.activation);
 }
 
 }  // namespace batchnorm_ext

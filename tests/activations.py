@@ -149,3 +149,11 @@ def gradients(y: Tensor, p: Problem) -> dict[str, Tensor]:
     leaves = p.leaves
     found = torch.autograd.grad(y, leaves.values(), p.dy.detach().to(y.dtype))
     return {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def bound(exact: Tensor, dtype: torch.dtype, terms: float) -> Tensor:
+    """float32 arithmetic: some roundings of each term, sums of terms of both signs, at most 64
+    units of the largest result or of a term; and the rounding of the result."""
+    arithmetic = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    largest = max(exact.abs().max().item(), terms)
+    return exact.abs() * torch.finfo(dtype).eps / 2 + largest * arithmetic

@@ -1,5 +1,7 @@
 """Batches of several ranks and what a layer makes of them, for the tests of SyncBatchNorm."""
 
+from contextlib import contextmanager
+
 import torch
 
 import tolerances
@@ -45,3 +47,12 @@ def assert_close(name, actual, expected, precision, scale=None, roundings=1):
         scale = expected.abs().max().clamp(min=1).item() if expected.numel() else 1
     rounding = roundings * tolerances.half_ulp(expected, actual.dtype)
     assert_within(name, actual, expected, precision * scale + rounding)
+
+
+@contextmanager
+def naming(*case):
+    """Puts the case in front of what is wrong with it."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{case}: {error}") from None

@@ -13,6 +13,7 @@ from activations import (
     NORMS,
     PIECEWISE,
     C,
+    bound,
     fused,
     gradients,
     make_problem,
@@ -24,14 +25,6 @@ from support import assert_bitwise, assert_within, ops
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 with_and_without_residual = pytest.mark.parametrize("has_residual", [False, True])
-
-
-def _bound(exact, dtype, terms):
-    """float32 arithmetic: some roundings of each term, sums of terms of both signs, at most 64
-    units of the largest result or of a term; and the rounding of the result."""
-    arithmetic = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    largest = max(exact.abs().max().item(), terms)
-    return exact.abs() * torch.finfo(dtype).eps / 2 + largest * arithmetic
 
 
 # All but one: after the other, and after groups of (N, C), the activation is PyTorch's function.
@@ -63,14 +56,12 @@ def test_forward_and_gradients(size, layout, dtype, activation, device):
             expected = oracle(exact, norm, activation, dtype if rounds else None)
             # the value is that of the z that is not rounded
             value = oracle(exact, norm, activation, None)
-            assert_within(f"y, {norm}", y, value, _bound(value, dtype, 1.0))
+            assert_within(f"y, {norm}", y, value, bound(value, dtype, 1.0))
             wanted = gradients(expected, exact)
             for name, found in gradients(y, p).items():
                 out = found.dtype
                 assert out == p.leaves[name.removeprefix("gradient of ")].dtype
-                assert_within(
-                    f"{name}, {norm}", found, wanted[name], _bound(wanted[name], out, 1.0)
-                )
+                assert_within(f"{name}, {norm}", found, wanted[name], bound(wanted[name], out, 1.0))
 
 
 @every_activation

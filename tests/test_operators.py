@@ -81,7 +81,7 @@ def test_schema_names_what_it_writes():
         assert written == {"running_mean", "running_var", "num_batches_tracked"}
     for op in (ops.batch_norm, ops.batch_norm_backward, ops.apply, ops.moments):
         assert not op.default._schema.is_mutable
-    for op in (ops.grad_moments, ops.grad_apply):
+    for op in (ops.grad_moments, ops.grad_apply, ops.activated_grad_apply):
         assert not op.default._schema.is_mutable
 
 

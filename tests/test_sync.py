@@ -1,7 +1,5 @@
 """Several ranks compute what one process computes from their batches put together."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +11,7 @@ from sync_problems import (
     SPREAD,
     assert_close,
     make_batches,
+    naming,
     precision_of,
     with_parameters,
 )
@@ -98,15 +97,6 @@ def compare(split, size, layout, dtype, mean_over_std=1.0, group=None, **options
             dist.all_reduce(mean, group=group)
             expected = getattr(gradients, f"d{name}")
             assert_close(f"d{name}", mean / len(split), expected / len(split), precision)
-
-
-@contextmanager
-def naming(*case):
-    """Puts the case in front of what is wrong with it."""
-    try:
-        yield
-    except AssertionError as error:
-        raise AssertionError(f"{case}: {error}") from None
 
 
 def compare_inputs(split, dtype):

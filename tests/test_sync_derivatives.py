@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 import batchnorm_ext  # noqa: F401  the operators, on the ranks too
+from activations import ACTIVATIONS
 
 
 class Linear(torch.autograd.Function):
@@ -43,31 +44,48 @@ def _add(summand):
     return total
 
 
-def check_derivatives(affine, order):
+def check_derivatives(affine, order, activation="", has_residual=False):
     """All ranks hold the same whole input, normalize their parts and put them together."""
     op = torch.ops.batchnorm_ext.sync_batch_norm
     name = dist.group.WORLD.group_name
 
-    def normalize(x, *parameters):
-        shared = [Linear.apply(p, _share, _add) for p in parameters]
+    def normalize(x, *others):
+        parts = [Linear.apply(t, _scatter, _gather) for t in (x, *others[: int(has_residual)])]
+        shared = [Linear.apply(p, _share, _add) for p in others[int(has_residual) :]]
         weight, bias = shared if affine else (None, None)
-        part = Linear.apply(x, _scatter, _gather)
-        y, _ = op(part, weight, bias, None, None, None, 0.1, 1e-3, name, "layer")
+        state = (None, None, None, 0.1, 1e-3, name, "layer")
+        y, _ = op(parts[0], weight, bias, *state, *(parts[1:] or [None]), activation)
         return Linear.apply(y, _gather, _scatter)
 
-    def gradient(x, *parameters):
-        y = normalize(x, *parameters)
-        return torch.autograd.grad(y.pow(3).sum(), (x, *parameters[:1]), create_graph=True)
+    def gradient(x, *others):
+        y = normalize(x, *others)
+        return torch.autograd.grad(y.pow(3).sum(), (x, *others[:1]), create_graph=True)
 
-    leaves = [(4, 2, 3), *[(2,)] * (2 * affine)]
+    leaves = [(4, 2, 3), *[(4, 2, 3)] * has_residual, *[(2,)] * (2 * affine)]
     leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in leaves]
+    fast = bool(activation)  # there are many: along random directions, the same on every rank
     if order == 1:
-        assert torch.autograd.gradcheck(normalize, leaves)
+        assert torch.autograd.gradcheck(normalize, leaves, fast_mode=fast)
     else:
-        assert torch.autograd.gradgradcheck(normalize if order == 2 else gradient, leaves)
+        function = normalize if order == 2 else gradient
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=fast)
 
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_derivatives(order, affine, ranks):
     ranks(2).run(check_derivatives, affine, order)
+
+
+def check_activated(order):
+    for has_residual in (False, True):
+        for affine in (True, False):
+            for activation in ACTIVATIONS if order < 3 else ("relu", "silu"):
+                refused = has_residual and activation == "leaky_relu(-0.5)"
+                if activation != "identity" and not refused:
+                    check_derivatives(affine, order, activation, has_residual)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_derivatives_through_activations(order, ranks):
+    ranks(2).run(check_activated, order)

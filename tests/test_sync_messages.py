@@ -40,7 +40,7 @@ class Counting(dist.ProcessGroup):
         return "counting"
 
 
-def _counting_group(ranks):
+def counting_group(ranks):
     """A group whose messages are counted; any collective but all-reduce is an error there."""
     groups = []
 
@@ -50,15 +50,15 @@ def _counting_group(ranks):
 
     if not hasattr(dist.Backend, "COUNTING"):
         dist.Backend.register_backend(
-            "counting", lambda *a: _counting_group.make(*a), devices=["cpu"]
+            "counting", lambda *a: counting_group.make(*a), devices=["cpu"]
         )
-    _counting_group.make = make
+    counting_group.make = make
     dist.new_group(ranks, backend="counting")
     return groups[0] if groups else None
 
 
 def count_messages():
-    group = _counting_group([0, 1])
+    group = counting_group([0, 1])
     layer = batchnorm_ext.SyncBatchNorm(C, process_group=group)
     forward, backward = (4 * C + 1, torch.float64), (2 * C, torch.float64)
 
@@ -87,7 +87,7 @@ def count_messages():
     layer.eval()(x).sum().backward()
     expect()
 
-    group = _counting_group([dist.get_rank()] if dist.get_rank() == 0 else [0])
+    group = counting_group([dist.get_rank()] if dist.get_rank() == 0 else [0])
     if group is not None:  # a group of one
         layer = batchnorm_ext.SyncBatchNorm(C, process_group=group)
         layer(x).sum().backward()
@@ -188,7 +188,7 @@ def test_group_without_this_rank_and_destroyed_group(ranks):
 
 def bad_input():
     """Is told before the other ranks are: they are not left waiting for this one."""
-    group = _counting_group([0, 1])
+    group = counting_group([0, 1])
     layer = batchnorm_ext.SyncBatchNorm(C, process_group=group)
     layer._batchnorm_ext_name = "head"
     before = state(layer)

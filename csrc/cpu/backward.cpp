@@ -1,14 +1,10 @@
 // The fused backward, tensors in and pointers out, as forward.cpp.
+#include "backward.h"
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstdint>
-#include <limits>
-#include <memory>
 #include <optional>
 #include <utility>
 
@@ -18,145 +14,12 @@
 #include "../layout.h"
 #include "combine.h"
 #include "elementwise.h"
-#include "maps.h"
-#include "passes.h"
 #include "per_channel.h"
 
 namespace batchnorm_ext::cpu {
 namespace {
 
 using at::Tensor;
-
-// A backward: pointers, geometry, and what its steps hand on. One value per cell: mean, invstd, weight, bias, the sums
-// that are the gradients of the parameters, the coefficients.
-template <typename T>
-struct Backward {
-  using A = Acc<T>;
-
-  const Geometry geometry;
-  const T *const dy, *const x, *const residual;  // null: there is none
-  T *const dx, *const dresidual;                 // null: not wanted
-  const bool training, centred;
-  const Activation activation;
-  const double *const mean, *const invstd;
-  const Channels weight, bias;
-  const Channels dbias{new double[geometry.cells()]}, dweight{new double[geometry.cells()]};
-  CoefficientTable<A, 8> table{geometry.cells()};
-
-  // dx in evaluation, where nothing is to be summed.
-  void map_all_cells() {
-    if (!is_activated()) {
-      for (int64_t c = 0; c < geometry.cells(); ++c) table.row(3)[c] = static_cast<A>(weight[c] * invstd[c]);
-      return map_tensor(geometry, Scale<A>(), table.view() + 3, std::array{dx}, dy);
-    }
-    set_activation();
-    for (int i = 0; i < 3; ++i) std::fill_n(table.row(i), geometry.cells(), A(0));
-    for (int64_t c = 0; c < geometry.cells(); ++c) table.row(3)[c] = static_cast<A>(invstd[c]);
-    for (int64_t c = 0; c < geometry.cells(); ++c) table.row(4)[c] = static_cast<A>(weight[c]);
-    with_pattern<T>(geometry, [&](const auto& pattern) {
-      stream_if(streams(), [&](auto streaming) {
-        map_all(Schedule(pattern), [&](int64_t block, int64_t chunk, Scratch& scratch) {
-          map<streaming.value>(pattern, block, chunk, scratch);
-        });
-      });
-    });
-  }
-
-  void reduce_and_map() {
-    set_activation();
-    A* const centre = table.row(0);
-    for (int64_t c = 0; c < geometry.cells(); ++c) centre[c] = static_cast<A>(mean[c]);
-    const auto finish = [&](int64_t first, int64_t width, const double* sums, const double* dots) {
-      std::copy_n(sums, width, &dbias[first]);
-      std::copy_n(dots, width, &dweight[first]);
-      set_coefficients(first, width, sums, dots);
-    };
-    with_pattern<T>(geometry, [&](const auto& pattern) {
-      stream_if(streams(), [&](auto streaming) {
-        const auto map_chunk = [&](int64_t block, int64_t chunk, Scratch& scratch) {
-          if (dx != nullptr) map<streaming.value>(pattern, block, chunk, scratch);
-        };
-        with_grad([&](const auto& grad, const auto*... in) {
-          reduce_grads(pattern, grad, Centres<A>{centre, mean, invstd}, finish, map_chunk, in...);
-        });
-      });
-    });
-  }
-
- private:
-  // Large outputs are streamed, two only if they have the same offset from a vector's boundary (see transform).
-  bool streams() const {
-    const auto place = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (Vec<T>::size() * sizeof(T)); };
-    return bytes_of<T>(geometry) >= stream_bytes() && (dresidual == nullptr || place(dresidual) == place(dx));
-  }
-
-  bool is_activated() const { return activation.curve != Curve::kNone; }
-
-  // f(grad, inputs...), where grad makes what enters the sums of the inputs.
-  template <typename F>
-  void with_grad(const F& f) const {
-    const A* const* const rows = table.view() + 5;
-    if (!is_activated()) return f(PlainGrad(), dy, x);
-    if (!is_piecewise_linear(activation)) {
-      const ActivatedGrad<OfSum<A>, SmoothActivation<A>, A> grad{OfSum<A>(residual != nullptr),
-                                                                 SmoothActivation<A>(activation), rows};
-      return f(grad, dy, x, residual == nullptr ? x : residual);
-    }
-    using Act = PiecewiseActivation<A>;
-    const Act act = piecewise<T>(activation);
-    if (residual == nullptr)
-      f(ActivatedGrad<OfInput<A>, Act, A>{{}, act, rows}, dy, x);
-    else
-      f(ActivatedGrad<OfOutput<A>, Act, A>{{}, act, rows}, dy, x, residual);
-  }
-
-  // dx, and the gradient of a residual, of a chunk.
-  template <bool kStream, typename Pattern>
-  void map(const Pattern& pattern, int64_t block, int64_t chunk, Scratch& scratch) const {
-    const auto run = [&](const auto& op, const A* const* coefficients, const auto& out, const auto*... in) {
-      pattern.template map<kStream>(block, chunk, op, coefficients, scratch, out, in...);
-    };
-    const A* const* const c = table.view();
-    const std::array<T*, 1> one{dx};
-    const std::array<T*, 2> both{dx, dresidual};
-    if (!is_activated()) {
-      if (!training) return run(Scale<A>(), c + 3, one, dy);
-      if (geometry.per_stat > 1) return run(GroupGrad<A>(), c, one, dy, x);
-      return run(NormalizeGrad<A>(), c, one, dy, x);
-    }
-    const Vec<A> zero(0), mask = training ? zero == zero : zero;
-    if (!is_piecewise_linear(activation)) {
-      using Act = SmoothActivation<A>;
-      const Act act(activation);
-      const OfSum<A> z(residual != nullptr);
-      if (residual == nullptr) return run(ActivatedNormalizeGrad<OfSum<A>, Act, A, 1>{z, act, mask}, c, one, dy, x, x);
-      return run(ActivatedNormalizeGrad<OfSum<A>, Act, A, 2>{z, act, mask}, c, both, dy, x, residual);
-    }
-    using Act = PiecewiseActivation<A>;
-    const Act act = piecewise<T>(activation);
-    if (residual == nullptr)
-      run(ActivatedNormalizeGrad<OfInput<A>, Act, A, 1>{{}, act, mask}, c, one, dy, x);
-    else
-      run(ActivatedNormalizeGrad<OfOutput<A>, Act, A, 2>{{}, act, mask}, c, both, dy, x, residual);
-  }
-
-  // The coefficients of z. They are those of the forward, so that z has the same bits.
-  void set_activation() {
-    if (!is_activated()) return;
-    const double count = training ? static_cast<double>(geometry.count()) : std::numeric_limits<double>::infinity();
-    set_normalize<5>(table, 0, geometry.cells(), mean, invstd, weight.get(), bias.get(), count);
-  }
-
-  void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {
-    const double count = static_cast<double>(geometry.count());
-    const Channels none(centred ? nullptr : new double[width]());  // where the mean is no function of x
-    if (!centred) sums = none.get();
-    if (geometry.per_stat > 1 || is_activated())
-      set_group_grad(table, geometry.per_stat, first, width, sums, dots, count, mean, invstd, weight.get());
-    else
-      set_normalize_grad(table, first, width, sums, dots, count, mean, invstd, weight.get());
-  }
-};
 
 ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
   check_backward(o, s);
@@ -195,6 +58,7 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     const PerCell cell_mean(geometry, mean), cell_invstd(geometry, invstd);
     cell_mean.set(0, geometry.cells());
     cell_invstd.set(0, geometry.cells());
+    const Channels dbiases(new double[geometry.cells()]), dweights(new double[geometry.cells()]);
     Backward<scalar_t> run{geometry,
                            dy_in,
                            x_in,
@@ -203,18 +67,21 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
                            write(dresidual),
                            s.training,
                            s.domain.centred,
+                           static_cast<double>(geometry.count()),
                            activation_named(s.activation).make(),
                            cell_mean.get(),
                            cell_invstd.get(),
                            read_channels(o.weight, parameters, 1, geometry.batch),
-                           s.activation.empty() ? Channels() : read_channels(o.bias, parameters, 0, geometry.batch)};
+                           s.activation.empty() ? Channels() : read_channels(o.bias, parameters, 0, geometry.batch),
+                           dbiases.get(),
+                           dweights.get()};
     if (!want_dweight && !want_dbias && !(want_dx && s.training)) {
-      if (maps) run.map_all_cells();
+      if (maps) run.map_in_evaluation();
       return;
     }
     run.reduce_and_map();
-    for (const Channels* sums : {&run.dweight, &run.dbias}) sum_over_batch(geometry, sums->get());
-    leave(run.dweight.get(), run.dbias.get());
+    for (const Channels* sums : {&dweights, &dbiases}) sum_over_batch(geometry, sums->get());
+    leave(dweights.get(), dbiases.get());
   });
   return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
 }

@@ -1,21 +1,23 @@
 // The halves of training on the CPU: what is reduced leaves as float64 sums, which SyncBatchNorm adds up over ranks,
-// and what is mapped takes such sums. The passes are those of the fused ops. Built once per instruction set.
+// and what is mapped takes such sums. Forward and backward are those of the fused ops, one half at a time. Built once
+// per instruction set.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
-#include <tuple>
 #include <utility>
 
+#include "../activation_table.h"
 #include "../checks.h"
 #include "../dtype.h"
 #include "../layout.h"
 #include "../sums.h"
-#include "maps.h"
+#include "backward.h"
+#include "forward.h"
 #include "passes.h"
 #include "per_channel.h"
 
@@ -47,12 +49,22 @@ Tensor moments(const Tensor& input) {
   return sums;
 }
 
+OptionalTensor in_layout(const OptionalTensor& tensor, const Tensor& x) {
+  return tensor ? OptionalTensor(like_layout(*tensor, x)) : std::nullopt;
+}
+
+template <typename T>
+const T* read(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
   check_memory(o, s);
   const int64_t channels = o.x.size(1);
   check_sums(o.x, *o.sums, sums_size(channels), "sums");
   const Tensor x = dense(o.x);
+  const OptionalTensor residual = in_layout(o.residual, x);
   Tensor y = empty_output_like(x);
   Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
   double* const mean = stats.mutable_data_ptr<double>();
@@ -69,73 +81,89 @@ Normalized apply(const Operands& o, const Spec& s) {
   }
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    using A = Acc<scalar_t>;
-    CoefficientTable<A, 3> table(channels);
-    set_normalize(table, 0, channels, mean, invstd, read_channels(o.weight, channels, 1).get(),
-                  read_channels(o.bias, channels, 0).get(), count);
-    map_tensor(geometry_of(x), Normalize<A>(), table.view(), std::array{y.mutable_data_ptr<scalar_t>()},
-               x.const_data_ptr<scalar_t>());
+    Forward<scalar_t> run{geometry_of(x),
+                          x.const_data_ptr<scalar_t>(),
+                          read<scalar_t>(residual),
+                          y.mutable_data_ptr<scalar_t>(),
+                          s.eps,
+                          s.domain.centred,
+                          activation_named(s.activation).make(),
+                          mean,
+                          invstd,
+                          read_channels(o.weight, channels, 1),
+                          read_channels(o.bias, channels, 0)};
+    run.map_all_cells(count);
   });
   if (count > 0) track(o, s, geometry_of(x), count, mean, var.get());
   return {std::move(y), std::move(stats)};
 }
 
-Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  check_backward({grad, input, kNone, kNone, kNone, stats}, {true, {}, {}});
-  const Tensor x = dense(input);
+// The backward of statistics of `count` elements. dx and dresidual are undefined, sums null, where they are not wanted.
+template <typename T>
+Backward<T> backward_of(const GradOperands& o, const GradSpec& s, const Tensor& dy, const Tensor& x,
+                        const OptionalTensor& residual, double count, const Tensor& dx, const Tensor& dresidual,
+                        double* sums) {
+  const int64_t channels = x.size(1);
+  const bool activated = !s.activation.empty(), maps = dx.defined();
+  const double* const mean = o.stats.const_data_ptr<double>();
+  return {geometry_of(x),
+          dy.const_data_ptr<T>(),
+          x.const_data_ptr<T>(),
+          read<T>(residual),
+          maps ? dx.mutable_data_ptr<T>() : nullptr,
+          dresidual.defined() ? dresidual.mutable_data_ptr<T>() : nullptr,
+          s.training,
+          s.domain.centred,
+          count,
+          activation_named(s.activation).make(),
+          mean,
+          mean + channels,
+          maps || activated ? read_channels(o.weight, channels, 1) : Channels(),
+          activated ? read_channels(o.bias, channels, 0) : Channels(),
+          sums,
+          sums + channels};
+}
+
+Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& total) {
+  check_backward(o, s);
+  if (total) check_sums(o.x, *total, 1, "count");
+  const Tensor x = dense(o.x);
   const int64_t channels = x.size(1);
   const auto options = x.options().dtype(at::kDouble);
   if (x.numel() == 0) return at::zeros({2 * channels}, options);
-  const Tensor dy = like_layout(grad, x);
+  const Tensor dy = like_layout(o.dy, x);
+  const OptionalTensor residual = in_layout(o.residual, x);
   Tensor sums = at::empty({2 * channels}, options);
-  double *const dbias_out = sums.mutable_data_ptr<double>(), *const dweight_out = dbias_out + channels;
-  const double *const mean = stats.const_data_ptr<double>(), *const invstd = mean + channels;
-  const auto finish = [&](int64_t first, int64_t width, const double* dbias, const double* dweight) {
-    std::copy_n(dbias, width, dbias_out + first);
-    std::copy_n(dweight, width, dweight_out + first);
-  };
+  const double count = total ? *total->const_data_ptr<double>() : std::numeric_limits<double>::infinity();
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    using A = Acc<scalar_t>;
-    const Geometry geometry = geometry_of(x);
-    CoefficientTable<A, 1> centre(channels);
-    for (int64_t c = 0; c < channels; ++c) centre.row(0)[c] = static_cast<A>(mean[c]);
-    with_pattern<scalar_t>(geometry, [&](const auto& pattern) {
-      reduce_grads(pattern, PlainGrad(), Centres<A>{centre.row(0), mean, invstd}, finish, kNoMap,
-                   dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>());
-    });
+    backward_of<scalar_t>(o, s, dy, x, residual, count, {}, {}, sums.mutable_data_ptr<double>()).reduce();
   });
   return sums;
 }
 
-Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                  const Tensor& grad_sums, const Tensor& count) {
-  check_backward({grad, input, weight, kNone, kNone, stats}, {true, {}, {}});
-  const int64_t channels = input.size(1);
-  check_sums(input, grad_sums, 2 * channels, "grad_sums");
-  check_sums(input, count, 1, "count");
-  const Tensor x = dense(input);
-  const Tensor dy = like_layout(grad, x);
-  Tensor dx = empty_output_like(x);
-  const double *const mean = stats.const_data_ptr<double>(), *const invstd = mean + channels;
+InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
+  check_backward(o, s);
+  const int64_t channels = o.x.size(1);
+  check_sums(o.x, grad_sums, 2 * channels, "grad_sums");
+  check_sums(o.x, count, 1, "count");
+  const Tensor x = dense(o.x);
+  const Tensor dy = like_layout(o.dy, x);
+  const OptionalTensor residual = in_layout(o.residual, x);
+  Tensor dx = empty_output_like(x), dresidual = residual ? empty_output_like(x) : Tensor();
   const double* const sums = grad_sums.const_data_ptr<double>();
+  const double total = *count.const_data_ptr<double>();
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    using A = Acc<scalar_t>;
-    CoefficientTable<A, 5> table(channels);
-    set_normalize_grad(table, 0, channels, sums, sums + channels, *count.const_data_ptr<double>(), mean, invstd,
-                       read_channels(weight, channels, 1).get());
-    map_tensor(geometry_of(x), NormalizeGrad<A>(), table.view(), std::array{dx.mutable_data_ptr<scalar_t>()},
-               dy.const_data_ptr<scalar_t>(), x.const_data_ptr<scalar_t>());
+    backward_of<scalar_t>(o, s, dy, x, residual, total, dx, dresidual, nullptr).map_by(sums, sums + channels);
   });
-  return dx;
+  return {std::move(dx), std::move(dresidual)};
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   m.impl("moments", moments);
   register_apply<apply>(m);
-  m.impl("grad_moments", grad_moments);
-  m.impl("grad_apply", grad_apply);
+  register_grad_halves<grad_moments, grad_apply>(m);
 }
 
 }  // namespace

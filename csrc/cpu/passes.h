@@ -1,6 +1,8 @@
 // The passes over memory that the ops are made of: which pattern takes them, and what is reduced.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -31,6 +33,13 @@ void with_pattern(const Geometry& geometry, const F& f) {
     f(Row<T>(geometry));
   else
     f(Column<T>(geometry));
+}
+
+// Whether all outputs have the same offset from a vector's boundary, as streaming them needs (see transform).
+template <typename T, size_t kOutputs>
+bool share_alignment(const std::array<T*, kOutputs>& out) {
+  const auto place = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (Vec<T>::size() * sizeof(T)); };
+  return std::all_of(out.begin(), out.end(), [&](const T* p) { return place(p) == place(out[0]); });
 }
 
 // f(std::true_type()) if outputs are large, to write them past the caches; otherwise f(std::false_type()).
@@ -123,7 +132,7 @@ void map_by_runs(const Geometry& geometry, const Op& op, const Acc<T>* const* co
                  const std::array<T*, kOutputs>& out, const In*... in) {
   constexpr int64_t line = 64, long_run = 1024;  // bytes
   const int64_t run = geometry.inner * static_cast<int64_t>(sizeof(T));
-  const bool large = bytes_of<T>(geometry) >= 2 * stream_bytes();
+  const bool large = bytes_of<T>(geometry) >= 2 * stream_bytes() && share_alignment(out);
   stream_if(large && (run % line == 0 || run >= long_run), [&](auto streaming) {
     parallel(geometry.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
       map_range<streaming.value>(geometry, op, coefficients, begin, end, out, in...);
@@ -139,7 +148,7 @@ void map_tensor(const Geometry& geometry, const Op& op, const Acc<T>* const* coe
   if (geometry.inner >= kMappedRun || has_long_runs(geometry))
     return map_by_runs(geometry, op, coefficients, out, in...);
   const Column<T> pattern(geometry);
-  with_streaming<T>(geometry, [&](auto streaming) {
+  stream_if(bytes_of<T>(geometry) >= stream_bytes() && share_alignment(out), [&](auto streaming) {
     map_all(Schedule(pattern), [&](int64_t block, int64_t chunk, Scratch& scratch) {
       pattern.template map<streaming.value>(block, chunk, op, coefficients, scratch, out, in...);
     });

@@ -108,7 +108,8 @@ struct ActivatedBackward : Backward<T> {
 
   // The coefficients of z, with the bits that they have in the forward.
   __device__ __forceinline__ void known_before(int64_t c, A (&z)[kKnown]) const {
-    const double n = this->training ? static_cast<double>(this->geometry.count()) : INFINITY;
+    const double all = this->total_count != nullptr ? *this->total_count : static_cast<double>(this->geometry.count());
+    const double n = this->training ? all : INFINITY;
     const int64_t channel = channel_of(this->geometry, c);
     const Affine<A> affine =
         affine_about<A>(n, this->mean_of(c), this->invstd_of(c), this->weight.get(channel, 1), bias.get(channel, 0));

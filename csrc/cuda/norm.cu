@@ -89,6 +89,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
+  check_after(o.x, s.domain, o.residual, s.activation);
   check_memory(o, s);
   check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
   const CUDAGuard guard(o.x.device());
@@ -168,44 +169,43 @@ Gradients backward(const GradOperands& o, const GradSpec& s) {
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
-Tensor grad_moments(const Tensor& grad, const Tensor& input, const Tensor& stats) {
-  const GradOperands o{grad, input, kNone, kNone, kNone, stats};
-  const GradSpec s{true, {}, {}};
+Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& count) {
   check_backward(o, s);
-  const CUDAGuard guard(input.device());
-  const int64_t size = 2 * input.size(1);
-  if (input.numel() == 0) return at::zeros({size}, input.options().dtype(at::kDouble));
+  check_after(o.x, s.domain, o.residual, s.activation);
+  if (count) check_sums(o.x, *count, 1, "count");
+  const CUDAGuard guard(o.x.device());
+  const int64_t size = 2 * o.x.size(1);
+  if (o.x.numel() == 0) return at::zeros({size}, o.x.options().dtype(at::kDouble));
   const Gradient gradient(o, s);
-  Tensor sums = empty_sums(input, size);
-  with_dtype(input.scalar_type(), [&](auto type) {
+  Tensor sums = empty_sums(o.x, size);
+  with_dtype(o.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    Backward<T> op = gradient.op<T>(std::nullopt, stats);
+    Backward<T> op = gradient.op<T>(o.weight, o.stats);
     op.sums_out = write<double>(sums);
+    if (count) op.total_count = read<double>(*count);
     gradient.launch(op, Tensor(), true, false);
   });
   return sums;
 }
 
-Tensor grad_apply(const Tensor& grad, const Tensor& input, const OptionalTensor& weight, const Tensor& stats,
-                  const Tensor& grad_sums, const Tensor& count) {
-  const GradOperands o{grad, input, weight, kNone, kNone, stats};
-  const GradSpec s{true, {}, {}};
+InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
   check_backward(o, s);
-  check_sums(input, grad_sums, 2 * input.size(1), "grad_sums");
-  check_sums(input, count, 1, "count");
-  const CUDAGuard guard(input.device());
+  check_after(o.x, s.domain, o.residual, s.activation);
+  check_sums(o.x, grad_sums, 2 * o.x.size(1), "grad_sums");
+  check_sums(o.x, count, 1, "count");
+  const CUDAGuard guard(o.x.device());
   const Gradient gradient(o, s);
   Tensor dx = at::empty_like(gradient.x);
-  if (dx.numel() == 0) return dx;
-  with_dtype(input.scalar_type(), [&](auto type) {
+  if (dx.numel() == 0) return {std::move(dx), gradient.dresidual};
+  with_dtype(o.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    Backward<T> op = gradient.op<T>(weight, stats);
+    Backward<T> op = gradient.op<T>(o.weight, o.stats);
     op.dx = write<T>(dx);
     op.sums = read<double>(grad_sums);
     op.total_count = read<double>(count);
     gradient.launch(op, dx, false, true);
   });
-  return dx;
+  return {std::move(dx), gradient.dresidual};
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
@@ -214,8 +214,7 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
-  m.impl("grad_moments", grad_moments);
-  m.impl("grad_apply", grad_apply);
+  register_grad_halves<grad_moments, grad_apply>(m);
 }
 
 }  // namespace
