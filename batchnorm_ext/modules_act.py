@@ -7,6 +7,7 @@ from batchnorm_ext._act import check_residual
 from batchnorm_ext._activations import activation_name, then
 from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
 from batchnorm_ext._layer import own
+from batchnorm_ext._recompute import recomputed
 from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "GroupNormAct"]
@@ -16,17 +17,21 @@ class _Activated:
     """Stands before a normalization in the list of bases. ``activation`` is a name."""
 
     activation: str
+    recompute: bool = False  # of layers that were pickled without it
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         # without a residual, hooks and traced graphs see one argument, as they do of a norm
         more = () if residual is None else (residual,)
+        if self.recompute:
+            return recomputed(self._forward_or_leave, input, *more)
         return self._forward_or_leave(input, *more)
 
     def _torch_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return then(super()._torch_forward(input), residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation or 'identity'}"
+        recompute = ", recompute=True" if self.recompute else ""
+        return f"{super().extra_repr()}, activation={self.activation or 'identity'}{recompute}"
 
 
 class _BatchNormAct(_Activated):
@@ -40,11 +45,12 @@ class _BatchNormAct(_Activated):
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         options = (eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(num_features, *options, **kwargs)
-        self.activation = activation_name(activation)
+        self.activation, self.recompute = activation_name(activation), recompute
 
     def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         check_residual(input, residual)
@@ -108,10 +114,11 @@ class GroupNormAct(_Activated, GroupNorm):
         affine: bool = True,
         device=None,
         dtype=None,
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
-        self.activation = activation_name(activation)
+        self.activation, self.recompute = activation_name(activation), recompute
 
     def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")

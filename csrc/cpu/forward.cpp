@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -51,8 +52,16 @@ struct Forward {
     const int64_t channels = geometry.channels;
     set_statistics(0, channels, read_channels(o.running_mean, channels, 0).get(),
                    read_channels(o.running_var, channels, 0).get());
-    set_normalize(table, 0, channels, mean, invstd, weight.get(), bias.get());
-    map_all_cells();
+    map_by_statistics(std::numeric_limits<double>::infinity());
+  }
+
+  // With the statistics that there are, which are those of `count` elements that x is among, or infinity.
+  void map_by_statistics(double count) {
+    const PerCell cell_mean(geometry, mean), cell_invstd(geometry, invstd);
+    cell_mean.set(0, geometry.cells());
+    cell_invstd.set(0, geometry.cells());
+    set_normalize(table, 0, geometry.cells(), cell_mean.get(), cell_invstd.get(), weight.get(), bias.get(), count);
+    with_map([&](const auto& op, const auto*... in) { map_tensor(geometry, op, table.view(), std::array{y}, in...); });
   }
 
   // With the statistics of x, whose variances this returns.
@@ -91,10 +100,6 @@ struct Forward {
       f(NormalizeActivate<OfInput<A>, Act, A>{{}, act}, x);
     else
       f(NormalizeActivate<OfSum<A>, Act, A>{OfSum<A>(true), act}, x, residual);
-  }
-
-  void map_all_cells() const {
-    with_map([&](const auto& op, const auto*... in) { map_tensor(geometry, op, table.view(), std::array{y}, in...); });
   }
 
   // finish(first, width, mean, m2) takes the moments of statistics [first, first + width).
@@ -170,7 +175,35 @@ Normalized forward(const Operands& o, const Spec& s) {
   return {std::move(y), std::move(stats)};
 }
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) { register_forward<forward>(m); }
+Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
+  check_map(o, given, s);
+  const Tensor x = dense(o.x, s.domain);
+  const OptionalTensor residual = o.residual ? OptionalTensor(like_layout(*o.residual, x)) : std::nullopt;
+  const Geometry geometry = arranged(x, s.domain);
+  Tensor y = empty_output_like(x), stats = given.clone();
+  double* const mean = stats.mutable_data_ptr<double>();
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    Forward<scalar_t> run{geometry,
+                          x.const_data_ptr<scalar_t>(),
+                          residual ? residual->const_data_ptr<scalar_t>() : nullptr,
+                          y.mutable_data_ptr<scalar_t>(),
+                          0,
+                          true,
+                          activation_named(s.activation).make(),
+                          mean,
+                          mean + geometry.stats(),
+                          read_channels(o.weight, geometry.channels, 1, geometry.batch),
+                          read_channels(o.bias, geometry.channels, 0, geometry.batch)};
+    run.map_by_statistics(s.training ? static_cast<double>(geometry.count()) : std::numeric_limits<double>::infinity());
+  });
+  return y;
+}
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
+  register_forward<forward>(m);
+  register_map<map>(m);
+}
 
 }  // namespace
 }  // namespace batchnorm_ext::cpu
