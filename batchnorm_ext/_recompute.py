@@ -18,10 +18,11 @@ __all__ = ["RecomputedTensor", "recompute_activations", "recomputed"]
 def recompute_activations() -> Iterator[None]:
     """Keep less for backward: outputs of fused norms are computed again instead of being kept.
 
-    What a layer after a norm saves for its backward is the output of the norm, ``phi(norm(x) + r)``.
-    Within this context it is not kept; backward maps it again from ``x``, which the norm keeps
-    anyway, its statistics and ``r``: one pass over memory, no reduction, and bit for bit the same
-    output, so that gradients are the same bits as well. Running statistics do not move again.
+    What a layer after a norm saves for its backward is the output of the norm,
+    ``phi(norm(x) + r)``. Within this context it is not kept; backward maps it again from ``x``,
+    which the norm keeps anyway, its statistics and ``r``: one pass over memory, no reduction, and
+    bit for bit the same output, so that gradients are the same bits as well. Running statistics do
+    not move again.
 
     It holds for the calling thread, and for norms of this library on the CPU that have a gradient:
     ``BatchNorm*``, ``InstanceNorm*`` and ``GroupNorm`` (with more than one element per sample and

@@ -5,11 +5,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/as_strided.h>
 #include <torch/csrc/PyInterpreter.h>
-#include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <sstream>
 #include <utility>
 
 #include "checks.h"
@@ -25,6 +23,18 @@ bool is_recomputing() {
   const auto& hooks = at::SavedTensorDefaultHooks::get_tls_state();
   return !hooks.stack.empty() && !hooks.is_tracing && hooks.stack.top().first.ptr(getPyInterpreter()) == pack_hook;
 }
+
+// What is saved meanwhile is saved as where no hooks are in effect: with a look at its version.
+class WithoutHooks {
+ public:
+  WithoutHooks() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
+  ~WithoutHooks() { at::SavedTensorDefaultHooks::set_tracing(before_); }
+  WithoutHooks(const WithoutHooks&) = delete;
+  WithoutHooks& operator=(const WithoutHooks&) = delete;
+
+ private:
+  const bool before_;
+};
 
 // The recipe of a tensor that nobody has written to.
 std::shared_ptr<Recipe> recipe_of(const at::TensorBase& tensor) {
@@ -49,42 +59,18 @@ int depth_of(const Packed& tensor) { return tensor.recipe() ? tensor.recipe()->d
 Packed::Packed(const Tensor& tensor) {
   const bool is_view = tensor.is_view();
   recipe_ = is_view ? recipe_of(tensor._base()) : recipe_of(tensor);
-  if (!recipe_)
-    keep(tensor);
-  else if (is_view)
+  if (!recipe_) {
+    const WithoutHooks guard;
+    kept_.emplace(tensor.tensor_data(), /*is_output=*/false);
+  } else if (is_view) {
     view_ = View{tensor.sizes().vec(), tensor.strides().vec(), tensor.storage_offset()};
-}
-
-void Packed::keep(const Tensor& tensor) {
-  kept_ = tensor.tensor_data();
-  if (tensor.is_inference()) return;  // has no version
-  version_ = tensor._version();
-  if (const auto& node = tensor.grad_fn())
-    made_by_ = ", which is output " + std::to_string(tensor.output_nr()) + " of " + node->name() + ",";
+  }
 }
 
 Tensor Packed::unpack() const {
-  if (!recipe_) {
-    check_version();
-    return kept_;
-  }
+  if (!recipe_) return kept_->unpack();
   const Tensor output = recipe_->output();
   return view_ ? at::as_strided(output, view_->sizes, view_->strides, view_->offset) : output;
-}
-
-// In the words of autograd, which does not look where hooks are in effect.
-void Packed::check_version() const {
-  if (kept_.is_inference() || kept_._version() == version_) return;
-  std::ostringstream sizes;
-  sizes << kept_.sym_sizes();
-  const bool traced = torch::autograd::AnomalyMode::is_enabled();
-  TORCH_CHECK(false,
-              "one of the variables needed for gradient computation has been modified by an inplace operation: [",
-              kept_.toString(), ' ', sizes.str(), ']', made_by_, " is at version ", kept_._version(),
-              "; expected version ", version_, " instead.",
-              traced ? ""
-                     : " Hint: enable anomaly detection to find the operation that failed to compute its gradient, "
-                       "with torch.autograd.set_detect_anomaly(True).");
 }
 
 Recipe::Recipe(const Operands& o, const Tensor& stats, const Spec& s, std::optional<Packed> residual)

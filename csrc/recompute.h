@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdint>
 #include <memory>
@@ -31,15 +32,10 @@ class Packed {
     int64_t offset;
   };
 
-  void keep(const at::Tensor& tensor);
-  void check_version() const;
-
   std::shared_ptr<Recipe> recipe_;
   std::optional<View> view_;  // of the output that the recipe computes
-
-  at::Tensor kept_;  // without its history, which may lead back to what saves it
-  int64_t version_ = 0;
-  std::string made_by_;  // for the message
+  // Without its history, which may lead back to what saves it.
+  std::optional<torch::autograd::SavedVariable> kept_;
 };
 
 // How to map the output of a norm again, from what the norm saves for its own backward.
