@@ -251,7 +251,7 @@ def log_once(name: str, reason: str) -> None:
 
 
 # What recompute_activations lays on saved tensors, and whether it keeps a tensor by itself.
-pack, unpack, is_recomputed = _C.pack, _C.unpack, _C.is_recomputed
+pack, unpack, is_recomputed, set_share = _C.pack, _C.unpack, _C.is_recomputed, _C.set_share
 
 
 def recomputes() -> bool:

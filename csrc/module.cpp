@@ -119,16 +119,26 @@ PyObject* unpack(PyObject*, PyObject* packed) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* set_share(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a(values, count, 2);
+  const auto before = batchnorm_ext::set_share({a.value<double>(0), a.value<double>(1)});
+  return Py_BuildValue("(dd)", before.share, before.due);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* is_recomputed(PyObject*, PyObject* tensor) {
   HANDLE_TH_ERRORS
   return PyBool_FromLong(Packed(THPVariable_Unpack(tensor)).recipe() != nullptr);
   END_HANDLE_TH_ERRORS
 }
 
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
-          "the output of the operator of this name, all of whose arguments are given"};
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+template <Fast function>
+PyMethodDef method(const char* name,
+                   const char* doc = "the output of the operator of this name, all of whose arguments are given") {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
 PyMethodDef methods[] = {
@@ -138,6 +148,7 @@ PyMethodDef methods[] = {
     {"pack", pack, METH_O, "what recompute_activations keeps of a tensor that autograd saves"},
     {"unpack", unpack, METH_O, "that tensor"},
     {"is_recomputed", is_recomputed, METH_O, "whether pack() keeps a way to compute this tensor instead of it"},
+    method<set_share>("set_share", "the share of outputs to compute again, and bytes due; returns those before"),
     {}};
 
 // The dtypes of torch that an input may have.

@@ -18,6 +18,16 @@ namespace {
 using at::Tensor;
 
 const void* pack_hook = nullptr;
+thread_local Share share_now;
+
+// Spreads the share over outputs of any sizes: what is not taken now makes the next one due, all the more if smaller.
+bool is_due(const Tensor& output) {
+  const double bytes = static_cast<double>(output.nbytes());
+  share_now.due += share_now.share * bytes;
+  if (share_now.due < bytes) return false;
+  share_now.due -= bytes;
+  return true;
+}
 
 bool is_recomputing() {
   const auto& hooks = at::SavedTensorDefaultHooks::get_tls_state();
@@ -110,8 +120,10 @@ std::shared_ptr<Recipe> recipe_for(const Operands& o, const Tensor& stats, const
   // Without an activation neither the output nor the residual is saved by the norm itself.
   if (residual && s.activation.empty() && !residual->recipe()) return nullptr;
   auto recipe = std::make_shared<Recipe>(o, stats, s, std::move(residual));
-  return recipe->depth() > kDeepest ? nullptr : recipe;
+  return recipe->depth() <= kDeepest && is_due(o.x) ? recipe : nullptr;
 }
+
+Share set_share(const Share& share) { return std::exchange(share_now, share); }
 
 void set_pack_hook(const void* function) { pack_hook = function; }
 

@@ -72,6 +72,14 @@ struct Recomputed {
 // would be kept than without.
 std::shared_ptr<Recipe> recipe_for(const Operands& o, const at::Tensor& stats, const Spec& s);
 
+// Which of the outputs that could be computed again are, in one thread: this share of their bytes.
+struct Share {
+  double share = 1;
+  double due = 0;  // bytes that are to be computed again
+};
+
+Share set_share(const Share& share);  // returns the one before
+
 // Tells by what the hooks of recompute_activations are known: the function that packs, a PyObject.
 void set_pack_hook(const void* function);
 
