@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from support import assert_bitwise, ops
 
 pytestmark = pytest.mark.only("cpu", reason="on CUDA the outputs are kept")
 
+everything = partial(recompute_activations, 1)  # with more to look at than the default
 SIZE = (4, C, 16, 16)
 BYTES = 4 * 4 * C * 16 * 16  # of a float32 tensor of that size
 
@@ -103,7 +105,7 @@ def test_gradients_are_the_same_bits(size, layout, dtype, activation):
                 y = fused(p, norm, activation)
                 return gradients(y * y.sin(), p)
 
-        expected, actual = found(nullcontext), found(recompute_activations)
+        expected, actual = found(nullcontext), found(everything)
         for name, value in expected.items():
             assert_bitwise(f"{name}, {norm}, residual {has_residual}", actual[name], value)
 
@@ -122,7 +124,7 @@ def test_derivatives_of_second_order_and_backward_twice(activation):
         second = torch.autograd.grad(sum(g.sin().sum() for g in again), leaves)
         return [*first, *again, *second]
 
-    for actual, expected in zip(found(recompute_activations), found(nullcontext), strict=True):
+    for actual, expected in zip(found(everything), found(nullcontext), strict=True):
         assert_bitwise("gradient", actual, expected)
 
 
@@ -135,7 +137,7 @@ def step(model, x, context=nullcontext, optimizer=None):
     return {"loss": loss.detach()} | gradients | dict(model.named_buffers())
 
 
-def assert_same_steps(model, x, context=recompute_activations):
+def assert_same_steps(model, x, context=everything):
     expected, actual = step(model, x), step(model, x, context)
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -164,8 +166,9 @@ def test_networks(name, memory_format, training):
 # What is kept
 
 
-@pytest.mark.parametrize("name, most", [("mobilenetv2", 0.55), ("resnet50", 0.80)])
-def test_kept_bytes_of_networks(name, most):
+# of what native keeps; all would be 0.37 and 0.65, and 0.70 and 1.01 if only fused
+@pytest.mark.parametrize("name, most, least", [("mobilenetv2", 0.55, 0.4), ("resnet50", 0.8, 0.7)])
+def test_kept_bytes_of_networks(name, most, least):
     native = networks.NETWORKS[name]()
     model = batchnorm_ext.fuse(copy.deepcopy(native))
     x = torch.randn(2, 3, 64, 64)
@@ -174,11 +177,46 @@ def test_kept_bytes_of_networks(name, most):
     # two ways to count; in the graph are some scalars as well
     assert saved_bytes(lambda: native(x).sum(), given) == pytest.approx(of_native, rel=1e-3)
     given = (*model.parameters(), *model.buffers(), x)
-    assert kept_bytes(lambda: model(x).sum(), given) <= 1.01 * of_native
-    assert kept_bytes(lambda: model(x).sum(), given, recompute_activations) <= most * of_native
+
+    def kept(context):
+        return kept_bytes(lambda: model(x).sum(), given, context) / of_native
+
+    assert kept(nullcontext) <= 1.02  # statistics in float64
+    assert least < kept(recompute_activations) <= most
+    assert kept(everything) <= least
 
 
-def tensors_kept(run, context=recompute_activations, given=()):
+def test_share():
+    """Of outputs of one size, and of a smaller one: what is due to a large one goes to it."""
+    x, small = torch.randn(SIZE, requires_grad=True), torch.randn(C, C, requires_grad=True)
+    layer, flat = BatchNormAct2d(C), batchnorm_ext.BatchNormAct1d(C)
+
+    def run():
+        outputs = [layer(x) for _ in range(10)]
+        return sum((y * y).sum() for y in (*outputs, flat(small)))
+
+    for share, kept in [(0.05, 10), (0.3, 7), (0.5, 5), (1, 0)]:
+        assert tensors_kept(run, partial(recompute_activations, share), [x, small]) == kept
+    for share in (0, -1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="expected share to be positive and at most 1"):
+            recompute_activations(share).__enter__()
+
+
+def test_shares_of_contexts_in_each_other():
+    x, layer = torch.randn(SIZE, requires_grad=True), BatchNormAct2d(C)
+
+    def run():
+        with recompute_activations(0.5):
+            first = layer(x)
+            with everything():
+                second = layer(x)
+            third = layer(x)
+        return sum((y * y).sum() for y in (first, second, third))
+
+    assert tensors_kept(run, nullcontext, [x]) == 1  # the first
+
+
+def tensors_kept(run, context=everything, given=()):
     """In units of a tensor of SIZE."""
     return round(kept_bytes(run, given, context) / BYTES, 1)
 
@@ -244,7 +282,7 @@ def test_graphs_are_freed():
     x = torch.randn(SIZE, requires_grad=True)
     gc.disable()
     try:
-        with recompute_activations():
+        with everything():
             inputs = [x * 1, x * 2]
             y = BatchNormAct2d(C)(*inputs)
             loss = (y * y.sigmoid()).sum()
@@ -261,7 +299,7 @@ def test_an_output_is_computed_once():
     """For several readers of one backward, and again for the next backward."""
     x = torch.randn(SIZE, requires_grad=True)
     layer = BatchNormAct2d(C)
-    with recompute_activations():
+    with everything():
         y = layer(x, x * 2)
         loss = (y * y.sigmoid() * y.exp()).sum()
     for _ in range(2):
@@ -276,7 +314,7 @@ def test_norms_without_a_gradient_keep_their_output():
     layer = BatchNormAct2d(C).requires_grad_(False)
     weight = torch.ones(SIZE, requires_grad=True)
     x = torch.randn(SIZE)
-    with recompute_activations():
+    with everything():
         y = layer(x)
         (y * weight).sum().backward()
     assert_bitwise("gradient", weight.grad, y)
@@ -300,7 +338,7 @@ def test_outputs_that_are_written_to_are_kept(write):
                 (y if write == "add_" else y.view(-1)).add_(1)
             return torch.autograd.grad((y * y.sin()).sum(), [x, layer.weight])
 
-    for actual, expected in zip(found(recompute_activations), found(nullcontext), strict=True):
+    for actual, expected in zip(found(everything), found(nullcontext), strict=True):
         assert_bitwise("gradient", actual, expected)
 
 
@@ -329,7 +367,7 @@ def _written_factor(layer, x):
 @pytest.mark.parametrize("run", [_written_input, _written_weight, _written_factor])
 def test_what_is_needed_and_written_to_raises_as_natively(run):
     messages = []
-    for context in (nullcontext, recompute_activations):
+    for context in (nullcontext, everything):
         layer, x = BatchNormAct2d(C), torch.randn(SIZE, requires_grad=True)
         with context():
             loss = run(layer, x)
@@ -358,7 +396,7 @@ def test_checkpointing(inside, use_reentrant):
             self.block = nn.Sequential(conv(), BatchNormAct2d(6), conv(), BatchNormAct2d(6, "silu"))
 
         def run(self, x):
-            with recompute_activations() if inside else nullcontext():
+            with everything() if inside else nullcontext():
                 return self.block(x).sin()
 
         def forward(self, x):
@@ -366,7 +404,7 @@ def test_checkpointing(inside, use_reentrant):
 
     model, x = Checkpointed(), torch.randn(2, 3, 16, 16)
     expected = step(model, x)
-    actual = step(model, x, recompute_activations)
+    actual = step(model, x, everything)
     for name, value in expected.items():
         assert_bitwise(name, actual[name], value)
 
@@ -378,7 +416,7 @@ def test_other_hooks_win(caplog):
     with torch.autograd.graph.save_on_cpu():
         hooks = top_hooks(True)
         for _ in range(2):
-            with recompute_activations():
+            with everything():
                 assert top_hooks(True) == hooks
                 layer(x).sin().sum().backward()
     assert logged(caplog) == [
@@ -401,7 +439,7 @@ def train_ddp():
     expected = step(model, x)
     actual = {}
     parallel = DistributedDataParallel(model)
-    with recompute_activations():
+    with everything():
         loss = parallel(x).float().square().mean()
     loss.backward()
     actual |= {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -423,7 +461,7 @@ def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
     )
 
     def run(x):
-        with recompute_activations() if inside else nullcontext():
+        with everything() if inside else nullcontext():
             return model(x)
 
     before = copy.deepcopy(model.state_dict())
@@ -432,7 +470,7 @@ def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.load_state_dict(before), model.zero_grad(), caplog.clear()
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    with nullcontext() if inside else recompute_activations():
+    with nullcontext() if inside else everything():
         compiled(x).square().sum().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
@@ -443,9 +481,9 @@ def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
 
 
 def test_it_ends_with_an_exception():
-    with pytest.raises(ZeroDivisionError), recompute_activations():
+    with pytest.raises(ZeroDivisionError), everything():
         assert _ops.recomputes()
-        with recompute_activations():
+        with everything():
             raise ZeroDivisionError
     assert not _ops.recomputes()
 
@@ -453,13 +491,13 @@ def test_it_ends_with_an_exception():
 def test_it_holds_for_one_thread():
     model, x = batchnorm_ext.fuse(fusing.ResNet()), torch.randn(2, 3, 16, 16)
     found, expected = {}, step(model, x)
-    with recompute_activations():
+    with everything():
         thread = threading.Thread(target=lambda: found.update(there=_ops.recomputes()))
         thread.start(), thread.join()
     assert found == {"there": False}
 
     def work(i):
-        found[i] = step(model, x, recompute_activations)
+        found[i] = step(model, x, everything)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -473,7 +511,7 @@ def test_it_holds_for_one_thread():
 def test_backward_in_several_threads():
     """All of them ask for the same output."""
     x = torch.randn(SIZE, requires_grad=True)
-    with recompute_activations():
+    with everything():
         y = BatchNormAct2d(C)(x * 1)
         loss = (y * y.sin()).sum()
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -516,7 +554,7 @@ def test_layers_that_recompute():
     kept = kept_bytes(lambda: plain(x).sum(), given)
     less = kept_bytes(lambda: layered(x).sum(), given)
     assert round((kept - less) / BYTES, 2) == 2
-    assert less == kept_bytes(lambda: plain(x).sum(), given, recompute_activations)
+    assert less == kept_bytes(lambda: plain(x).sum(), given, everything)
 
 
 def test_output_of_a_layer_that_recomputes():
