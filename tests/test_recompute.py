@@ -195,8 +195,9 @@ def test_share():
         outputs = [layer(x) for _ in range(10)]
         return sum((y * y).sum() for y in (*outputs, flat(small)))
 
-    for share, kept in [(0.05, 10), (0.3, 7), (0.5, 5), (1, 0)]:
-        assert tensors_kept(run, partial(recompute_activations, share), [x, small]) == kept
+    for share, kept in [(0.05, 10), (0.25, 8), (0.5, 5), (1, 0)]:
+        context = partial(recompute_activations, share)
+        assert round(tensors_kept(run, context, [x, small])) == kept
     for share in (0, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="expected share to be positive and at most 1"):
             recompute_activations(share).__enter__()
@@ -211,7 +212,7 @@ def test_shares_of_contexts_in_each_other():
             with everything():
                 second = layer(x)
             third = layer(x)
-        return sum((y * y).sum() for y in (first, second, third))
+            return sum((y * y).sum() for y in (first, second, third))
 
     assert tensors_kept(run, nullcontext, [x]) == 1  # the first
 
