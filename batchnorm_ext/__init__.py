@@ -10,12 +10,14 @@ residual and apply an activation in the same pass. ``convert_sync_batchnorm`` ma
 over all ranks (``SyncBatchNorm``, ``SyncBatchNormAct``), ``revert`` undoes both conversions.
 ``preprocessing`` scales features, ``update_population_stats`` and ``as_affine`` prepare a model for
 evaluation, ``fold`` merges norms into the layers next to them, ``fuse`` with the additions and
-activations after them. ``show_config`` tells how the library was built, ``python -m batchnorm_ext``
-prints what a bug report needs and tests it.
+activations after them. ``recompute_activations`` keeps less memory for the backward.
+``show_config`` tells how the library was built, ``python -m batchnorm_ext`` prints what a bug
+report needs and tests it.
 """
 
 from batchnorm_ext import functional, preprocessing
 from batchnorm_ext._ops import show_config
+from batchnorm_ext._recompute import recompute_activations
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.fold import fold
 from batchnorm_ext.fuse import fuse
@@ -80,6 +82,7 @@ __all__ = [
     "fuse",
     "fuse_graph",
     "preprocessing",
+    "recompute_activations",
     "revert",
     "show_config",
     "update_population_stats",

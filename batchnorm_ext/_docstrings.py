@@ -136,10 +136,18 @@ _ACTIVATION = """
         module of ``torch.nn``. Default: relu."""
 
 
+_RECOMPUTE = """
+    recompute: whether the next layer keeps a way to compute the output again for its backward, and
+        not the output, as in :func:`batchnorm_ext.recompute_activations`. The output is then of a
+        subclass of Tensor, whose results are plain ones; it takes effect where a function of torch
+        is called with it, or with a view of it. Default: False."""
+
+
 def _activated(details: str) -> str:
     """The details of a layer that has an activation as well."""
     text = details.replace(_STANDARDIZED, _ACTIVATED)
     text = text.replace("\n    eps: ", f"{_ACTIVATION}\n    eps: ", 1)
+    text = text.replace("\n    bias: whether", f"{_RECOMPUTE}\n    bias: whether", 1)
     error = "    ValueError: an unknown activation; a residual unlike the input.\n"
     return text.replace("\nRaises:\n", f"\nRaises:\n{error}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as _functorch_active
 from torch._C import _is_tracing
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -118,6 +119,7 @@ def batch_norm(*arguments) -> Tensor:
     compiler knows only that way.
     """
     if is_dynamo_compiling():
+        note_compiler()
         return _batch_norm(*arguments)[0]
     return _C.batch_norm(*arguments)
 
@@ -132,7 +134,7 @@ def weight_norm(*arguments) -> Tensor:
 
 DTYPES = _C.dtypes  # of inputs
 _STRIDED = torch.strided
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = {Tensor, nn.Parameter}  # and, once that is imported, RecomputedTensor
 STAND_INS = (FakeTensor, FunctionalTensor)  # of tracers, for a plain tensor
 
 
@@ -177,7 +179,7 @@ def refusal(native: Native, tensors: tuple[Tensor | None, ...]) -> str | None:
         return f"dtype {input.dtype}"
     if not (input.is_cpu or _has_kernels_for(native, input.device)):
         return f"device {input.device}"
-    if type(input) not in _PLAIN and _dispatches_in_python(input):
+    if type(input) not in PLAIN and _dispatches_in_python(input):
         return f"tensor subclass {type(input).__qualname__}"
     return None
 
@@ -201,7 +203,7 @@ _REFUSALS_OF_PYTORCH = (
 def _overriding(*tensors: Tensor | None) -> str | None:
     """What overrides torch functions, or None if it is only the default device."""
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in _PLAIN and has_torch_function((tensor,)):
+        if tensor is not None and type(tensor) not in PLAIN and has_torch_function((tensor,)):
             return f"tensor subclass {type(tensor).__qualname__}"
     for mode in _get_current_function_mode_stack():
         if not isinstance(mode, DeviceContext):
@@ -246,6 +248,33 @@ def _dispatches_in_python(input: Tensor) -> bool:
 @functools.lru_cache(maxsize=1000)
 def log_once(name: str, reason: str) -> None:
     logger.debug("using torch's own %s: %s", name, reason)
+
+
+# What recompute_activations lays on saved tensors, and whether it keeps a tensor by itself.
+pack, unpack, is_recomputed, set_share = _C.pack, _C.unpack, _C.is_recomputed, _C.set_share
+
+
+def recomputes() -> bool:
+    """Whether outputs of norms are not kept for backward, here and now."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0] is pack
+
+
+@functools.cache
+def log_kept_once(reason: str) -> None:
+    logger.debug("recompute_activations has no effect %s", reason)
+
+
+def note_compiler(asked: bool = False) -> None:
+    """Say that outputs are not recomputed, for norms in code that is compiled.
+
+    ``asked``: the code asks for it; otherwise who calls it may have.
+    """
+    if asked or recomputes():
+        log_kept_once("in compiled code: the compiler decides what it computes again")
+
+
+note_compiler._dynamo_marked_constant = True  # runs while the code is compiled
 
 
 def show_config() -> str:

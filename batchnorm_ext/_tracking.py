@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm_ext._ops import STAND_INS
+from batchnorm_ext._ops import STAND_INS, note_compiler, recomputes
 
 _LEAST, _MOST = 64, 1 << 16  # batches remembered: the last ones of a layer that is used more often
 _WAITING = 8192  # values of statistics that wait, so that the operations of a hash serve several
@@ -101,10 +101,12 @@ def track(
     """
     arguments = (input, weight, bias, running_mean, running_var, num_batches_tracked, *options)
     if torch.compiler.is_compiling():  # the compilers repeat no writes
+        note_compiler()
         if counted is not None:
             counted.add_(1)
         return update(*arguments)[0]
-    hooks = _top_saved_tensors_default_hooks(True)
+    # the hooks of recompute_activations repeat no forward, and do not fail
+    hooks = None if recomputes() else _top_saved_tensors_default_hooks(True)
     in_backward = _current_graph_task_id() != -1
     # a backward may repeat what leaves no graph, or one under hooks
     adds = not in_backward and (hooks is not None or not torch.is_grad_enabled())

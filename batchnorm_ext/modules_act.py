@@ -8,6 +8,7 @@ from batchnorm_ext._act import check_residual
 from batchnorm_ext._activations import activation_name, then
 from batchnorm_ext._docstrings import BATCH_ACT, GROUP_ACT, documented
 from batchnorm_ext._layer import own
+from batchnorm_ext._recompute import recomputed
 from batchnorm_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm
 from batchnorm_ext.sync import SyncBatchNorm
 
@@ -24,17 +25,21 @@ class _Activated:
     """Stands before a normalization in the list of bases. ``activation`` is a name."""
 
     activation: str
+    recompute: bool = False  # of layers that were pickled without it
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         # without a residual, hooks and traced graphs see one argument, as they do of a norm
         more = () if residual is None else (residual,)
+        if self.recompute:
+            return recomputed(self._forward_or_leave, input, *more)
         return self._forward_or_leave(input, *more)
 
     def _torch_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return then(super()._torch_forward(input), residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation or 'identity'}"
+        recompute = ", recompute=True" if self.recompute else ""
+        return f"{super().extra_repr()}, activation={self.activation or 'identity'}{recompute}"
 
 
 class _BatchNormAct(_Activated):
@@ -48,11 +53,12 @@ class _BatchNormAct(_Activated):
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         options = (eps, momentum, affine, track_running_stats)
         super().__init__(num_features, *options, device=device, dtype=dtype, **kwargs)
-        self.activation = activation_name(activation)
+        self.activation, self.recompute = activation_name(activation), recompute
 
     def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         check_residual(input, residual)
@@ -106,8 +112,7 @@ class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
     given one, a residual r of the shape, dtype and device of the input, which each rank adds to its
     own batch. The messages are those of :class:`SyncBatchNorm`, as are parameters, buffers and
     ``state_dict``; in evaluation and in one process it is a plain :class:`BatchNormAct2d`.
-    ``convert_sync_batchnorm`` makes it of ``BatchNormAct1d/2d/3d``, and ``revert`` undoes that. On
-    CUDA PyTorch's functions add and activate, after the norm of this library.
+    ``convert_sync_batchnorm`` makes it of ``BatchNormAct1d/2d/3d``, and ``revert`` undoes that.
 
     Source: Ioffe & Szegedy, *Batch Normalization*, 2015, algorithm 1 over the union of the batches,
     with what stands around it in a network.
@@ -178,10 +183,11 @@ class GroupNormAct(_Activated, GroupNorm):
         affine: bool = True,
         device=None,
         dtype=None,
+        recompute: bool = False,
         **kwargs,
     ) -> None:
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
-        self.activation = activation_name(activation)
+        self.activation, self.recompute = activation_name(activation), recompute
 
     def _fused_forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")

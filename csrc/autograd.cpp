@@ -212,9 +212,10 @@ Normalized differentiable(const Call& call) {
   }
   check_saved(o, call.spec);
   Tensor stats;  // beside the graph: they have no derivative
-  const auto run = [&](AutogradContext& ctx) {
+  const auto run = [&](auto& node) {
     Outputs outputs = forward(call);
-    Norm::save(ctx, call, outputs);
+    if (call.ranks.alone() && call.normalized_shape.empty()) node.recipe = recipe_for(o, outputs.stats, call.spec);
+    Norm::save(node.ctx_, call, outputs);
     stats = std::move(outputs.stats);
     return std::move(outputs.y);
   };

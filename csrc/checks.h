@@ -91,13 +91,17 @@ inline void check_domain(const at::Tensor& x, const Spec& s) {
                               x.sym_sizes(), " and ", groups, " groups");
 }
 
+// Whether each element of a statistic has a weight of its own, as in group normalization of (N, C).
+inline bool has_one_per_cell(const at::Tensor& x, const Domain& domain) {
+  return domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
+}
+
 // Raises ValueError for an unknown activation.
 inline void check_activation(const at::Tensor& x, const Domain& domain, std::string_view name, bool has_residual) {
   if (name.empty()) return;
   const Activation activation = activation_named(name).make();
-  const bool one_per_cell = domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
   TORCH_CHECK_NOT_IMPLEMENTED(
-      domain.parameter_dim == 1 && domain.centred && !one_per_cell,
+      domain.parameter_dim == 1 && domain.centred && !has_one_per_cell(x, domain),
       "batch_norm: expected no activation with centred=False, or where each element of a statistic has a "
       "weight of its own");
   // backward reads the output, which a negative slope makes positive on both sides of zero
@@ -220,6 +224,31 @@ inline void check_sums(const at::Tensor& x, const at::Tensor& sums, const c10::S
               sums.scalar_type(), sums.sym_sizes(), " on ", sums.device());
 }
 
+// What a forward says of its statistics.
+inline void check_stats(const at::Tensor& x, const at::Tensor& stats, const Domain& domain, const char* caller) {
+  const c10::SymInt count = domain.stats(x);
+  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, count})) && stats.is_contiguous() &&
+                  stats.scalar_type() == at::kDouble && stats.device() == x.device(),
+              caller, ": expected stats to be a contiguous float64 tensor of size [2, ", count, "] on ", x.device(),
+              ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
+}
+
+inline void check_map(const Operands& o, const at::Tensor& stats, const Spec& s) {
+  refusing([&] {
+    check_input(o.x);
+    check_per_channel(o.x, o.weight, "weight");
+    check_per_channel(o.x, o.bias, "bias");
+    check_domain(o.x, s);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !has_one_per_cell(o.x, s.domain),
+        "batch_norm_map: expected groups of more than one element per sample and channel, got input of shape ",
+        o.x.sym_sizes());
+    check_activation(o.x, s.domain, s.activation, o.residual.has_value());
+  });
+  check_residual(o.x, o.residual);
+  check_stats(o.x, stats, s.domain, "batch_norm_map");
+}
+
 inline void check_backward(const GradOperands& o, const GradSpec& s) {
   const auto& [dy, x, weight, bias, residual, stats] = o;
   refusing([&] {
@@ -233,11 +262,7 @@ inline void check_backward(const GradOperands& o, const GradSpec& s) {
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
   check_residual(x, residual);
-  const c10::SymInt count = s.domain.stats(x);
-  TORCH_CHECK(holds(c10::sym_equals(stats.sym_sizes(), {2, count})) && stats.is_contiguous() &&
-                  stats.scalar_type() == at::kDouble && stats.device() == x.device(),
-              "batch_norm_backward: expected stats to be a contiguous float64 tensor of size [2, ", count, "] on ",
-              x.device(), ", got ", stats.scalar_type(), stats.sym_sizes(), " on ", stats.device());
+  check_stats(x, stats, s.domain, "batch_norm_backward");
 }
 
 }  // namespace batchnorm_ext

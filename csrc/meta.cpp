@@ -37,6 +37,11 @@ Normalized forward(const Operands& o, const Spec& s) {
   return normalized(o.x, s.domain);
 }
 
+Tensor map(const Operands& o, const Tensor& stats, const Spec& s) {
+  require([&] { check_map(o, stats, s); });
+  return at::empty_like(o.x);
+}
+
 Normalized apply(const Operands& o, const Spec& s) {
   require([&] { check_operands(o, s); });
   check_sums(o.x, *o.sums, sums_size(o.x.sym_size(1)), "sums");
@@ -75,6 +80,7 @@ InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_forward<forward>(m);
+  register_map<map>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);

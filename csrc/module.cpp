@@ -7,12 +7,14 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "dtype.h"
+#include "recompute.h"
 
 namespace {
 
@@ -20,6 +22,7 @@ using at::Tensor;
 using batchnorm_ext::kNone;
 using batchnorm_ext::Normalized;
 using batchnorm_ext::OptionalTensor;
+using batchnorm_ext::Packed;
 
 // The positional arguments of a call. What has another type is refused.
 class Arguments {
@@ -102,14 +105,51 @@ PyObject* weight_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL,
-          "the output of the operator of this name, all of whose arguments are given"};
+// The hooks of recompute_activations.
+PyObject* pack(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  return pybind11::cast(std::make_unique<Packed>(THPVariable_Unpack(tensor))).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* unpack(PyObject*, PyObject* packed) {
+  HANDLE_TH_ERRORS
+  const auto& saved = pybind11::handle(packed).cast<const Packed&>();
+  return output_of([&] { return saved.unpack(); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_share(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a(values, count, 2);
+  const auto before = batchnorm_ext::set_share({a.value<double>(0), a.value<double>(1)});
+  return Py_BuildValue("(dd)", before.share, before.due);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* is_recomputed(PyObject*, PyObject* tensor) {
+  HANDLE_TH_ERRORS
+  return PyBool_FromLong(Packed(THPVariable_Unpack(tensor)).recipe() != nullptr);
+  END_HANDLE_TH_ERRORS
+}
+
+using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+template <Fast function>
+PyMethodDef method(const char* name,
+                   const char* doc = "the output of the operator of this name, all of whose arguments are given") {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
 PyMethodDef methods[] = {
-    method<batch_norm>("batch_norm"), method<layer_norm>("layer_norm"), method<weight_norm>("weight_norm"), {}};
+    method<batch_norm>("batch_norm"),
+    method<layer_norm>("layer_norm"),
+    method<weight_norm>("weight_norm"),
+    {"pack", pack, METH_O, "what recompute_activations keeps of a tensor that autograd saves"},
+    {"unpack", unpack, METH_O, "that tensor"},
+    {"is_recomputed", is_recomputed, METH_O, "whether pack() keeps a way to compute this tensor instead of it"},
+    method<set_share>("set_share", "the share of outputs to compute again, and bytes due; returns those before"),
+    {}};
 
 // The dtypes of torch that an input may have.
 pybind11::frozenset dtypes() {
@@ -134,4 +174,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = "unknown";
 #endif
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw pybind11::error_already_set();
+  pybind11::class_<Packed>(m, "Packed");
+  batchnorm_ext::set_pack_hook(pybind11::object(m.attr("pack")).ptr());
 }

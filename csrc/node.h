@@ -11,8 +11,10 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "ops.h"
+#include "recompute.h"
 
 namespace batchnorm_ext {
 
@@ -26,8 +28,19 @@ bool is_differentiated(const Tensors&... tensors) {
 
 // Rule: a static backward(context, gradients) that gives one gradient for each input, and a name.
 template <typename Rule>
-struct NodeOf final : torch::autograd::CppNode<Rule> {
+struct NodeOf final : torch::autograd::CppNode<Rule>, Recomputed {
   std::string name() const override { return Rule::name; }  // otherwise read from a symbol in each backward
+
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override {
+    auto result = torch::autograd::CppNode<Rule>::apply(std::move(gradients));
+    if (recipe) recipe->forget();  // what reads the output has run before
+    return result;
+  }
+
+  void release_variables() override {
+    torch::autograd::CppNode<Rule>::release_variables();
+    recipe.reset();
+  }
 };
 
 // They are counted by shared_ptr in torch 2.11.
@@ -39,7 +52,7 @@ auto make_node() {
     return c10::make_intrusive<Node>();
 }
 
-// Calls forward(context), and gives its output the derivative of the rule with respect to these inputs, tensors or
+// Calls forward(node), and gives its output the derivative of the rule with respect to these inputs, tensors or
 // optional ones. What the rule saves it saves in `forward`.
 template <typename Rule, typename Forward, typename... Inputs>
 at::Tensor recorded(const Forward& forward, const Inputs&... inputs) {
@@ -51,7 +64,7 @@ at::Tensor recorded(const Forward& forward, const Inputs&... inputs) {
   node->is_variable_input_.assign(sizeof...(inputs), true);
   at::Tensor output = [&] {
     const at::AutoGradMode no_grad(false);
-    return forward(node->ctx_);
+    return forward(*node);
   }();
   torch::autograd::set_history(output, node);
   node->output_info_.emplace_back(output);

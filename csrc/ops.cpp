@@ -28,6 +28,12 @@ TORCH_LIBRARY(batchnorm_ext, m) {
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps, int groups=0, Tensor? residual=None, "
       "str activation=\"\") -> (Tensor y, Tensor stats)");
 
+  // The output of batch_norm again, bit for bit, from the statistics it gave. Has no derivative of its own. Not where
+  // each element of a statistic has a weight of its own.
+  m.def(
+      "batch_norm_map(Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool training, int groups, "
+      "Tensor? residual, str activation) -> Tensor y");
+
   // xhat = (x - mean) * invstd,  dweight = sum(dy * xhat),  dbias = sum(dy)
   // training:    dx = invstd * (weight * dy - avg(weight * dy) - xhat * avg(weight * dy * xhat))
   // evaluation:  dx = weight * invstd * dy

@@ -75,6 +75,17 @@ void register_forward(torch::Library& m) {
   });
 }
 
+// Implements the operator that maps again by run(operands, stats, spec).
+template <at::Tensor (*run)(const Operands&, const at::Tensor&, const Spec&)>
+void register_map(torch::Library& m) {
+  m.impl("batch_norm_map",
+         [](const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const at::Tensor& stats,
+            bool training, int64_t groups, const OptionalTensor& residual, std::string_view activation) {
+           return run({x, weight, bias, kNone, kNone, kNone, kNone, residual}, stats,
+                      {training, 0, false, std::nullopt, {groups}, activation});
+         });
+}
+
 // What to differentiate. `residual`: that of the forward, or the output of the forward (see
 // batch_norm_activated_backward in ops.cpp).
 struct GradOperands {
@@ -221,6 +232,14 @@ inline ActivatedGradients call_backward(const GradOperands& o, const GradSpec& s
   auto [dx, dweight, dbias] = plain.call(o.dy, o.x, o.weight, o.stats, s.training, s.mask, s.bias_dtype,
                                          s.domain.groups, s.domain.centred, s.domain.parameter_dim);
   return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
+}
+
+inline at::Tensor call_map(const Operands& o, const at::Tensor& stats, const Spec& s) {
+  using at::Tensor;
+  static const auto op =
+      find_operator<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, bool, int64_t,
+                           const OptionalTensor&, std::string_view)>("batchnorm_ext::batch_norm_map");
+  return op.call(o.x, o.weight, o.bias, stats, s.training, s.domain.groups, o.residual, s.activation);
 }
 
 inline at::Tensor call_moments(const at::Tensor& x) {

@@ -57,10 +57,10 @@ Tensor weight_norm(const Tensor& some_v, const Tensor& some_g, int64_t dim) {
     return at::_weight_norm_interface(v, g, dim);
   };
   if (!is_differentiated(v, g)) return std::get<0>(forward());
-  const auto run = [&](AutogradContext& ctx) {
+  const auto run = [&](auto& node) {
     auto [w, norms] = forward();
-    ctx.save_for_backward({v, g, norms});
-    ctx.saved_data["dim"] = dim;
+    node.ctx_.save_for_backward({v, g, norms});
+    node.ctx_.saved_data["dim"] = dim;
     return std::move(w);
   };
   return recorded<WeightNorm>(run, v, g);

@@ -30,6 +30,7 @@ FUNCTIONS = [
     *(functional.batch_norm_act, functional.instance_norm_act, functional.group_norm_act),
     *(batchnorm_ext.update_population_stats, batchnorm_ext.as_affine, batchnorm_ext.weight_norm),
     *(batchnorm_ext.fold, batchnorm_ext.fuse, batchnorm_ext.fuse_graph),
+    batchnorm_ext.recompute_activations,
     *(reference.batch_norm, reference.batch_norm_backward),
 ]
 

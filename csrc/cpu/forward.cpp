@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -63,7 +64,35 @@ Normalized forward(const Operands& o, const Spec& s) {
   return {std::move(y), std::move(stats)};
 }
 
-TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) { register_forward<forward>(m); }
+Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
+  check_map(o, given, s);
+  const Tensor x = dense(o.x, s.domain);
+  const OptionalTensor residual = o.residual ? OptionalTensor(like_layout(*o.residual, x)) : std::nullopt;
+  const Geometry geometry = arranged(x, s.domain);
+  Tensor y = empty_output_like(x), stats = given.clone();
+  double* const mean = stats.mutable_data_ptr<double>();
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    Forward<scalar_t> run{geometry,
+                          x.const_data_ptr<scalar_t>(),
+                          residual ? residual->const_data_ptr<scalar_t>() : nullptr,
+                          y.mutable_data_ptr<scalar_t>(),
+                          0,
+                          true,
+                          activation_named(s.activation).make(),
+                          mean,
+                          mean + geometry.stats(),
+                          read_channels(o.weight, geometry.channels, 1, geometry.batch),
+                          read_channels(o.bias, geometry.channels, 0, geometry.batch)};
+    run.map_all_cells(s.training ? static_cast<double>(geometry.count()) : std::numeric_limits<double>::infinity());
+  });
+  return y;
+}
+
+TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
+  register_forward<forward>(m);
+  register_map<map>(m);
+}
 
 }  // namespace
 }  // namespace batchnorm_ext::cpu

@@ -48,7 +48,10 @@ struct Forward {
 
   // With mean and invstd as they are. `count`: see set_normalize.
   void map_all_cells(double count = std::numeric_limits<double>::infinity()) {
-    set_normalize(table, 0, geometry.cells(), mean, invstd, weight.get(), bias.get(), count);
+    const PerCell cell_mean(geometry, mean), cell_invstd(geometry, invstd);
+    cell_mean.set(0, geometry.cells());
+    cell_invstd.set(0, geometry.cells());
+    set_normalize(table, 0, geometry.cells(), cell_mean.get(), cell_invstd.get(), weight.get(), bias.get(), count);
     with_map([&](const auto& op, const auto*... in) { map_tensor(geometry, op, table.view(), std::array{y}, in...); });
   }
 

@@ -87,6 +87,29 @@ Normalized forward(const Operands& o, const Spec& s) {
   return normalize(o, s, s.training ? Source::kBatch : Source::kRunning);
 }
 
+Tensor map(const Operands& o, const Tensor& stats, const Spec& s) {
+  check_map(o, stats, s);
+  check_after(o.x, s.domain, o.residual, s.activation);
+  const CUDAGuard guard(o.x.device());
+  const Tensor x = dense(o.x, s.domain);
+  const Geometry geometry = checked_geometry(x, s.domain);
+  const After after(o.residual, s.activation, x);
+  Tensor y = at::empty_like(x);
+  if (x.numel() == 0) return y;
+  with_dtype(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Forward<T> op = forward_of<T>(x, geometry);
+    op.y = write<T>(y);
+    op.source = Source::kStats;
+    if (!s.training) op.count = INFINITY;
+    op.weight = read_channels<T>(o.weight);
+    op.bias = read_channels<T>(o.bias);
+    op.stats = const_cast<double*>(read<double>(stats));
+    launch(op, after, aligned(x, y), false);
+  });
+  return y;
+}
+
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
   check_after(o.x, s.domain, o.residual, s.activation);
@@ -210,6 +233,7 @@ InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_forward<forward>(m);
+  register_map<map>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);
