@@ -1,6 +1,9 @@
-// Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called:
-// inlined, they would multiply the size of every loop, and their arithmetic takes much longer than a call.
+// Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called for a
+// whole block: inlined, they would multiply the size of every loop, and a call for each vector would empty the registers
+// too often.
 #pragma once
+
+#include <limits>
 
 #include "../activation.h"
 #include "vec.h"
@@ -17,10 +20,70 @@ struct VectorMath {
   static V erf(const V& z) { return z.erf(); }
 };
 
-// kCalls: whether value and grad call a function.
+// As precise as the functions of at::vec, about one unit in the last place, but inlined. Those are calls that empty all
+// registers, for each vector.
+template <>
+struct VectorMath<float> {
+  using V = Vec<float>;
+  static V select(const V& which, const V& a, const V& b) { return V::blendv(b, a, which); }
+
+  static V exp(const V& z) {
+    const auto [n, r] = split(z);
+    return times_power_of_two(at::vec::fmadd(r, slope(r), V(1)), n);
+  }
+  // For z <= 0, and of the sign of z.
+  static V expm1(const V& z) {
+    const auto [n, r] = split(z);
+    const V power = times_power_of_two(V(1), n), near = r * slope(r);
+    return select(n == V(0), near, at::vec::fmadd(power, near, power - V(1)));
+  }
+  static V tanh(const V& z) {
+    const V m = expm1(V(-2) * z.abs()), t = m / (V(2) + m);  // in [-1, 0]
+    return select(z > V(0), V(0) - t, select(z < V(0), t, z));
+  }
+  // Abramowitz & Stegun 1964, "Handbook of mathematical functions", 7.1.26: within 1.5e-7.
+  static V erf(const V& z) {
+    const V t = V(1) / at::vec::fmadd(z.abs(), V(0.3275911f), V(1));
+    V p(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = at::vec::fmadd(p, t, V(c));
+    const V above = V(1) - p * t * exp(V(0) - z * z);
+    return select(z < V(0), V(0) - above, above);
+  }
+
+ private:
+  struct Split {
+    V n, r;
+  };
+
+  // z = n * log(2) + r with whole n and |r| <= log(2) / 2. Of a z whose exponential is 0 or infinity, the nearest such;
+  // NaN stays. The first part of log(2) has few digits, so that its product with n is exact.
+  static Split split(const V& z) {
+    const V round(12582912);  // 1.5 * 2^23: a sum with it has no digits after the point
+    const V kept = at::vec::clamp(z, V(-104), V(89));
+    const V n = at::vec::fmadd(kept, V(1.44269504f), round) - round;
+    return {n, at::vec::fmadd(n, V(2.12194440e-4f), at::vec::fmadd(n, V(-0.693359375f), kept))};
+  }
+  // (exp(r) - 1) / r by a minimax polynomial.
+  static V slope(const V& r) {
+    V p(0.0013950490392744541f);
+    for (float c : {0.00836888886988163f, 0.04166620597243309f, 0.166665181517601f, 0.5f, 1.0f})
+      p = at::vec::fmadd(p, r, V(c));
+    return p;
+  }
+};
+
 template <typename A>
-struct PiecewiseActivation : Piecewise<VectorMath<A>> {
-  static constexpr bool kCalls = false;
+struct PiecewiseActivation {
+  Piecewise<VectorMath<A>> of;
+
+  template <int V>
+  Block<A, V> value(const Block<A, V>& z) const {
+    return make_block<A, V>([&](int q) { return of.value(z.v[q]); });
+  }
+  template <int V>
+  Block<A, V> grad(const Block<A, V>& dy, const Block<A, V>& z) const {
+    return make_block<A, V>([&](int q) { return of.grad(dy.v[q], z.v[q]); });
+  }
 };
 
 // The bounds are rounded to T, as the outputs are that backward compares with them.
@@ -33,20 +96,30 @@ PiecewiseActivation<A> piecewise(const Activation& a) {
 template <typename A>
 class SmoothActivation {
  public:
-  static constexpr bool kCalls = true;
-
   explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
     with_curve(a.curve, [&]<typename Of>(Of) {
-      value_ = [](Vec<A> z, A alpha) { return Of::template value<VectorMath<A>>(z, Vec<A>(alpha)); };
-      grad_ = [](Vec<A> dy, Vec<A> z, A alpha) { return Of::template grad<VectorMath<A>>(dy, z, Vec<A>(alpha)); };
+      value_ = [](Vec<A>* z, int n, A alpha) {
+        for (int q = 0; q < n; ++q) z[q] = Of::template value<VectorMath<A>>(z[q], Vec<A>(alpha));
+      };
+      grad_ = [](Vec<A>* dy, const Vec<A>* z, int n, A alpha) {
+        for (int q = 0; q < n; ++q) dy[q] = Of::template grad<VectorMath<A>>(dy[q], z[q], Vec<A>(alpha));
+      };
     });
   }
-  Vec<A> value(const Vec<A>& z) const { return value_(z, alpha_); }
-  Vec<A> grad(const Vec<A>& dy, const Vec<A>& z) const { return grad_(dy, z, alpha_); }
+  template <int V>
+  Block<A, V> value(Block<A, V> z) const {
+    value_(z.v, V, alpha_);
+    return z;
+  }
+  template <int V>
+  Block<A, V> grad(Block<A, V> dy, const Block<A, V>& z) const {
+    grad_(dy.v, z.v, V, alpha_);
+    return dy;
+  }
 
  private:
-  Vec<A> (*value_)(Vec<A>, A);
-  Vec<A> (*grad_)(Vec<A>, Vec<A>, A);
+  void (*value_)(Vec<A>* z, int n, A alpha);
+  void (*grad_)(Vec<A>* dy, const Vec<A>* z, int n, A alpha);
   A alpha_;
 };
 
