@@ -72,30 +72,49 @@ struct VectorMath<float> {
   }
 };
 
+// z, the argument of an activation, from the input x and its coefficients centre, scale and shift.
 template <typename A>
-struct PiecewiseActivation {
-  Piecewise<VectorMath<A>> of;
+struct OfInput {
+  static constexpr int kCoefficients = 3;
+  Vec<A> operator()(const Vec<A>* c, const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
+};
 
-  template <int V>
-  Block<A, V> value(const Block<A, V>& z) const {
-    return make_block<A, V>([&](int q) { return of.value(z.v[q]); });
-  }
-  template <int V>
-  Block<A, V> grad(const Block<A, V>& dy, const Block<A, V>& z) const {
-    return make_block<A, V>([&](int q) { return of.grad(dy.v[q], z.v[q]); });
+// z from x and a residual.
+template <typename A>
+struct OfSum {
+  static constexpr int kCoefficients = 3;
+  Vec<A> operator()(const Vec<A>* c, const Vec<A>& x, const Vec<A>& residual) const {
+    return OfInput<A>()(c, x) + residual;
   }
 };
 
-// The bounds are rounded to T, as the outputs are that backward compares with them.
-template <typename T, typename A = Acc<T>>
-PiecewiseActivation<A> piecewise(const Activation& a) {
-  const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
-  return {{all(a.slope), all(static_cast<T>(a.low)), all(static_cast<T>(a.high))}};
-}
+// The output of a piecewise linear activation in place of z: the derivative is the same at both.
+template <typename A>
+struct OfOutput {
+  static constexpr int kCoefficients = 0;
+  Vec<A> operator()(const Vec<A>*, const Vec<A>&, const Vec<A>& y) const { return y; }
+};
+
+template <typename A>
+struct PiecewiseActivation {
+  using OfSaved = OfOutput<A>;  // what backward has of a residual
+  Piecewise<VectorMath<A>> of;
+
+  template <int V>
+  void value(Block<A, V>& z) const {
+    for (Vec<A>& v : z.v) v = of.value(v);
+  }
+  template <int V>
+  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
+    for (int q = 0; q < V; ++q) dy.v[q] = of.grad(dy.v[q], z.v[q]);
+  }
+};
 
 template <typename A>
 class SmoothActivation {
  public:
+  using OfSaved = OfSum<A>;
+
   explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
     with_curve(a.curve, [&]<typename Of>(Of) {
       value_ = [](Vec<A>* z, int n, A alpha) {
@@ -107,14 +126,12 @@ class SmoothActivation {
     });
   }
   template <int V>
-  Block<A, V> value(Block<A, V> z) const {
+  void value(Block<A, V>& z) const {
     value_(z.v, V, alpha_);
-    return z;
   }
   template <int V>
-  Block<A, V> grad(Block<A, V> dy, const Block<A, V>& z) const {
+  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
     grad_(dy.v, z.v, V, alpha_);
-    return dy;
   }
 
  private:
@@ -123,30 +140,16 @@ class SmoothActivation {
   A alpha_;
 };
 
-// z, the argument of an activation, from the input x and its coefficients centre, scale and shift.
-template <typename A>
-struct OfInput {
-  static constexpr int kCoefficients = 3;
-  Vec<A> operator()(const Vec<A>* c, const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
-};
-
-// z from x and a residual. Without a residual the last argument is ignored, so that one loop serves both.
-template <typename A>
-struct OfSum {
-  static constexpr int kCoefficients = 3;
-  Vec<A> added;  // a mask
-
-  explicit OfSum(bool has_residual) : added(has_residual ? Vec<A>(0) == Vec<A>(0) : Vec<A>(0)) {}
-  Vec<A> operator()(const Vec<A>* c, const Vec<A>& x, const Vec<A>& residual) const {
-    return OfInput<A>()(c, x) + Vec<A>::blendv(Vec<A>(A(-0.0)), residual, added);
-  }
-};
-
-// The output of a piecewise linear activation in place of z: the derivative is the same at both.
-template <typename A>
-struct OfOutput {
-  static constexpr int kCoefficients = 0;
-  Vec<A> operator()(const Vec<A>*, const Vec<A>&, const Vec<A>& y) const { return y; }
-};
+// f(activation of vectors). The bounds of a piecewise linear one are rounded to T, as the outputs are that backward
+// compares with them.
+template <typename T, typename F>
+void with_activation(const Activation& a, const F& f) {
+  using A = Acc<T>;
+  const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
+  if (is_piecewise_linear(a))
+    f(PiecewiseActivation<A>{{all(a.slope), all(static_cast<T>(a.low)), all(static_cast<T>(a.high))}});
+  else
+    f(SmoothActivation<A>(a));
+}
 
 }  // namespace batchnorm_ext::cpu

@@ -41,11 +41,13 @@ template <typename Z, typename Act, typename A>
 struct NormalizeActivate {
   static constexpr int kCoefficients = 3;
   static constexpr bool kBlocks = true;
-  Z z;
   Act act;
   template <int V>
   std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
-    return {act.value(make_block<A, V>([&](int q) { return z(c(q).data(), x.v[q], residual.v[q]...); }))};
+    std::array<Block<A, V>, 1> y;
+    for (int q = 0; q < V; ++q) y[0].v[q] = Z()(c(q).data(), x.v[q], residual.v[q]...);
+    act.value(y[0]);
+    return y;
   }
 };
 
@@ -78,7 +80,6 @@ struct Scale {
 template <typename Z, typename Act, typename A>
 struct ActivatedGrad {
   static constexpr int kCoefficients = Z::kCoefficients;
-  Z z;
   Act act;
   const A* const* rows;  // the coefficients of each cell
 
@@ -86,7 +87,9 @@ struct ActivatedGrad {
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {
-    return act.grad(dy, make_block<A, V>([&](int q) { return z(c(q).data(), x.v[q], more.v[q]...); }));
+    Block<A, V> g = dy;
+    act.grad(g, make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], more.v[q]...); }));
+    return g;
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
     const auto all = [](double v) { return Block<A, 1>{Vec<A>(static_cast<A>(v))}; };
@@ -104,23 +107,21 @@ template <typename Z, typename Act, typename A, size_t kOutputs>
 struct ActivatedNormalizeGrad {
   static constexpr int kCoefficients = 5 + Z::kCoefficients;
   static constexpr bool kBlocks = true;
-  Z z;
   Act act;
   Vec<A> training;  // a mask
 
   template <int V>
   std::array<Block<A, V>, kOutputs> operator()(const auto& of, const Block<A, V>& dy, const Block<A, V>& x,
                                                const auto&... more) const {
-    const Block<A, V> g =
-        act.grad(dy, make_block<A, V>([&](int q) { return z(of(q).data() + 5, x.v[q], more.v[q]...); }));
-    const Block<A, V> dx = make_block<A, V>([&](int q) {
+    std::array<Block<A, V>, kOutputs> out;
+    Block<A, V>& g = out[kOutputs - 1];
+    g = dy;
+    act.grad(g, make_block<A, V>([&](int q) { return Z()(of(q).data() + 5, x.v[q], more.v[q]...); }));
+    for (int q = 0; q < V; ++q) {
       const auto& c = of(q);
-      return c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
-    });
-    if constexpr (kOutputs == 1)
-      return {dx};
-    else
-      return {dx, g};
+      out[0].v[q] = c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
+    }
+    return out;
   }
 };
 

@@ -204,6 +204,13 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
+// Asks for a full block further on, which may be past the end.
+template <typename T>
+__attribute__((always_inline)) inline void prefetch_ahead(const T* p) {
+  constexpr int64_t ahead = 2048 / sizeof(T);
+  for (int64_t i = 0; i < kLanes<Acc<T>>; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + ahead + i);
+}
+
 // out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane,
 // and one vector of each input. An op with kBlocks takes at(first lane of the q-th vector) as a function of q, and
 // blocks. With kStream all outputs must have the same offset from a vector's boundary.
@@ -238,7 +245,10 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& 
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  for (; i + L <= n; i += L) step.template operator()<kVecs, kStream>(i);
+  for (; i + L <= n; i += L) {
+    if constexpr (requires { requires Op::kBlocks; }) (prefetch_ahead(in + i), ...);
+    step.template operator()<kVecs, kStream>(i);
+  }
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
   if (i == n) return;
   if (kStream || n < width)
