@@ -1,9 +1,9 @@
 // Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called for a
-// whole block: inlined, they would multiply the size of every loop, and a call for each vector would empty the registers
-// too often.
+// whole block: inlined, they would multiply the size of every loop, and a call for each vector would empty the
+// registers too often.
 #pragma once
 
-#include <limits>
+#include <initializer_list>
 
 #include "../activation.h"
 #include "vec.h"

@@ -204,16 +204,17 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
-// Asks for a full block further on, which may be past the end.
+// Asks for a full block further on, which may be past the end. For maps and sums with an activation, whose arithmetic
+// fills the processor before it comes to the loads that follow.
 template <typename T>
 __attribute__((always_inline)) inline void prefetch_ahead(const T* p) {
   constexpr int64_t ahead = 2048 / sizeof(T);
   for (int64_t i = 0; i < kLanes<Acc<T>>; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + ahead + i);
 }
 
-// out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane,
-// and one vector of each input. An op with kBlocks takes at(first lane of the q-th vector) as a function of q, and
-// blocks. With kStream all outputs must have the same offset from a vector's boundary.
+// out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
+// lane, and one vector of each input. An op with kBlocks takes at(first lane of the q-th vector) as a function of q,
+// and blocks. With kStream all outputs must have the same offset from a vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
