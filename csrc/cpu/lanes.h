@@ -217,8 +217,7 @@ struct LaneGradSums {
         for (int64_t i = 0; i < tile; ++i) {
           const int64_t here = at + i * stride;
           if constexpr (kCoefficients > 0)
-            if (stride == kLanes<A>)
-              (prefetch_ahead(dy + here), prefetch_ahead(x + here), ..., prefetch_ahead(more + here));
+            if (stride == kLanes<A>) prefetch_ahead(dy + here, x + here, (more + here)...);
           take(i, load(dy + here), load(x + here), load(more + here)...);
         }
         for (int q = 0; q < V; ++q) {

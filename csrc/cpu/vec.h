@@ -204,12 +204,13 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
-// Asks for a full block further on, which may be past the end. For maps and sums with an activation, whose arithmetic
-// fills the processor before it comes to the loads that follow.
-template <typename T>
-__attribute__((always_inline)) inline void prefetch_ahead(const T* p) {
-  constexpr int64_t ahead = 2048 / sizeof(T);
-  for (int64_t i = 0; i < kLanes<Acc<T>>; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + ahead + i);
+// Asks for the full blocks further on, which may be past the end. For maps and sums with an activation, whose
+// arithmetic fills the processor before it comes to the loads that follow.
+template <typename T, typename... More>
+__attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More*... more) {
+  constexpr int64_t ahead = 2048 / sizeof(T), line = 64 / sizeof(T);
+  for (int64_t i = 0; i < kLanes<Acc<T>>; i += line) __builtin_prefetch(p + ahead + i);
+  if constexpr (sizeof...(More) > 0) prefetch_ahead(more...);
 }
 
 // out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
@@ -247,7 +248,7 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& 
     if (i > 0) partial(0, i);
   }
   for (; i + L <= n; i += L) {
-    if constexpr (requires { requires Op::kBlocks; }) (prefetch_ahead(in + i), ...);
+    if constexpr (requires { requires Op::kBlocks; }) prefetch_ahead((in + i)...);
     step.template operator()<kVecs, kStream>(i);
   }
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
