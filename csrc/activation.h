@@ -156,8 +156,8 @@ struct Mish {
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    const V kept = M::select(z > V(20), V(20), z), e = M::exp(kept), n = e * (e + V(2)), r = V(1) / (n + V(2));
-    return dy * (n * r + kept * (V(4) * e * (e + V(1))) * (r * r));
+    const V e = M::exp(M::select(z > V(20), V(20), z)), n = e * (e + V(2)), r = V(1) / (n + V(2));
+    return dy * (n * r + z * M::select(z > V(20), V(0), V(4) * e * (e + V(1)) * (r * r)));
   }
 };
 

@@ -34,8 +34,8 @@ struct VectorMath<float> {
   // For z <= 0, and of the sign of z.
   static V expm1(const V& z) {
     const auto [n, r] = split(z);
-    const V power = times_power_of_two(V(1), n), near = r * slope(r);
-    return select(n == V(0), near, at::vec::fmadd(power, near, power - V(1)));
+    const V power = times_power_of_two(V(1), n), s = slope(r);
+    return select(n == V(0), z * s, at::vec::fmadd(power, r * s, power - V(1)));
   }
   static V tanh(const V& z) {
     const V m = expm1(V(-2) * z.abs()), t = m / (V(2) + m);  // in [-1, 0]
