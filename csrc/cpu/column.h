@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <tuple>
 
@@ -141,7 +140,7 @@ class Column {
         for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
         return op(cell, row, v...);
       };
-      transform<kStream>(advanced(out, at), s.columns, f, std::identity(), (in + at)...);
+      transform<kStream>(advanced(out, at), s.columns, f, LaneIndex(), (in + at)...);
     }
   }
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <utility>
 
 #include "../geometry.h"
@@ -104,7 +103,7 @@ class Row {
         for (int i = 0; i < Op::kParameters; ++i) here[i] = Vec<A>::loadu(parameters[i] + along + j);
         return op(cell, here, v...);
       };
-      transform<kStream>(advanced(out, at), s.length, f, std::identity(), (in + at)...);
+      transform<kStream>(advanced(out, at), s.length, f, LaneIndex(), (in + at)...);
     }
   }
 

@@ -204,6 +204,11 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
+// For ops that take the index itself. Not std::identity, which would return a reference to a temporary.
+struct LaneIndex {
+  int64_t operator()(int64_t i) const { return i; }
+};
+
 // Asks for the full blocks further on, which may be past the end. For maps and sums with an activation, whose
 // arithmetic fills the processor before it comes to the loads that follow.
 template <typename T, typename... More>
