@@ -104,30 +104,36 @@ struct Gelu {
   }
 };
 
+// With (1 + tanh(u)) / 2 as the sigmoid of 2 * u.
 struct GeluTanh {
   static constexpr double kScale = 0.79788456080286536, kCubic = 0.044715;  // sqrt(2 / pi)
 
   template <typename M, typename V = typename M::V>
+  BATCHNORM_EXT_HD static V gate(const V& z) {
+    return sigmoid_of<M>(V(2 * kScale) * z + V(2 * kScale * kCubic) * z * z * z);
+  }
+  template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V value(const V& z, const V&) {
-    return V(0.5) * z * (V(1) + M::tanh(V(kScale) * (z + V(kCubic) * z * z * z)));
+    return z * gate<M>(z);
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    const V t = M::tanh(V(kScale) * (z + V(kCubic) * z * z * z));
-    const V inner = V(kScale) * (V(1) + V(3 * kCubic) * z * z);
-    return dy * (V(0.5) * (V(1) + t) + V(0.5) * z * (V(1) - t * t) * inner);
+    const V s = gate<M>(z);
+    return dy * (s + z * s * (V(1) - s) * (V(2 * kScale) + V(6 * kScale * kCubic) * z * z));
   }
 };
 
 struct Hardsigmoid {
+  static constexpr double kSixth = 1. / 6;  // 6 times this is 1, rounded as fp32 or as fp64
+
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V value(const V& z, const V&) {
     const V line = z + V(3);
-    return M::select(line <= V(0), V(0), M::select(line >= V(6), V(6), line)) / V(6);
+    return M::select(line <= V(0), V(0), M::select(line >= V(6), V(6), line)) * V(kSixth);
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    return M::select(z > V(-3), M::select(z < V(3), dy / V(6), V(0)), V(0));
+    return M::select(z > V(-3), M::select(z < V(3), dy * V(kSixth), V(0)), V(0));
   }
 };
 
@@ -138,26 +144,22 @@ struct Hardswish {
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    return M::select(z <= V(-3), V(0), M::select(z >= V(3), dy, dy * (z / V(3) + V(0.5))));
+    return M::select(z <= V(-3), V(0), M::select(z >= V(3), dy, dy * (z * V(2 * Hardsigmoid::kSixth) + V(0.5))));
   }
 };
 
 // z * tanh(log(1 + e)) with e = exp(z) (Misra 2019, "Mish"), where tanh(log(1 + e)) = n / (n + 2), n = e * (e + 2):
-// one exponential. From 20 on it is 1.
+// one exponential. From 20 on it is 1, with a slope of 0.
 struct Mish {
   template <typename M, typename V = typename M::V>
-  BATCHNORM_EXT_HD static V gate(const V& z) {
-    const V e = M::exp(M::select(z < V(20), z, V(20))), n = e * (e + V(2));
-    return n / (n + V(2));
-  }
-  template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V value(const V& z, const V&) {
-    return z * gate<M>(z);
+    const V e = M::exp(M::select(z > V(20), V(20), z)), n = e * (e + V(2));
+    return z * (n / (n + V(2)));
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    const V g = gate<M>(z);
-    return dy * (g + z * sigmoid_of<M>(z) * (V(1) - g * g));
+    const V e = M::exp(M::select(z > V(20), V(20), z)), n = e * (e + V(2)), r = V(1) / (n + V(2));
+    return dy * (n * r + z * M::select(z > V(20), V(0), V(4) * e * (e + V(1)) * (r * r)));
   }
 };
 

@@ -1,6 +1,9 @@
-// Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called:
-// inlined, they would multiply the size of every loop, and their arithmetic takes much longer than a call.
+// Activations of vectors. Piecewise linear ones take a few instructions, which are inlined. The others are called for a
+// whole block: inlined, they would multiply the size of every loop, and a call for each vector would empty the
+// registers too often.
 #pragma once
+
+#include <initializer_list>
 
 #include "../activation.h"
 #include "vec.h"
@@ -17,37 +20,56 @@ struct VectorMath {
   static V erf(const V& z) { return z.erf(); }
 };
 
-// kCalls: whether value and grad call a function.
-template <typename A>
-struct PiecewiseActivation : Piecewise<VectorMath<A>> {
-  static constexpr bool kCalls = false;
-};
+// As precise as the functions of at::vec, about one unit in the last place, but inlined. Those are calls that empty all
+// registers, for each vector.
+template <>
+struct VectorMath<float> {
+  using V = Vec<float>;
+  static V select(const V& which, const V& a, const V& b) { return V::blendv(b, a, which); }
 
-// The bounds are rounded to T, as the outputs are that backward compares with them.
-template <typename T, typename A = Acc<T>>
-PiecewiseActivation<A> piecewise(const Activation& a) {
-  const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
-  return {{all(a.slope), all(static_cast<T>(a.low)), all(static_cast<T>(a.high))}};
-}
-
-template <typename A>
-class SmoothActivation {
- public:
-  static constexpr bool kCalls = true;
-
-  explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
-    with_curve(a.curve, [&]<typename Of>(Of) {
-      value_ = [](Vec<A> z, A alpha) { return Of::template value<VectorMath<A>>(z, Vec<A>(alpha)); };
-      grad_ = [](Vec<A> dy, Vec<A> z, A alpha) { return Of::template grad<VectorMath<A>>(dy, z, Vec<A>(alpha)); };
-    });
+  static V exp(const V& z) {
+    const auto [n, r] = split(z);
+    return times_power_of_two(at::vec::fmadd(r, slope(r), V(1)), n);
   }
-  Vec<A> value(const Vec<A>& z) const { return value_(z, alpha_); }
-  Vec<A> grad(const Vec<A>& dy, const Vec<A>& z) const { return grad_(dy, z, alpha_); }
+  // For z <= 0, and of the sign of z.
+  static V expm1(const V& z) {
+    const auto [n, r] = split(z);
+    const V power = times_power_of_two(V(1), n), s = slope(r);
+    return select(n == V(0), z * s, at::vec::fmadd(power, r * s, power - V(1)));
+  }
+  static V tanh(const V& z) {
+    const V m = expm1(V(-2) * z.abs()), t = m / (V(2) + m);  // in [-1, 0]
+    return select(z > V(0), V(0) - t, select(z < V(0), t, z));
+  }
+  // Abramowitz & Stegun 1964, "Handbook of mathematical functions", 7.1.26: within 6e-7, rounding included.
+  static V erf(const V& z) {
+    const V t = V(1) / at::vec::fmadd(z.abs(), V(0.3275911f), V(1));
+    V p(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = at::vec::fmadd(p, t, V(c));
+    const V above = V(1) - p * t * exp(V(0) - z * z);
+    return select(z < V(0), V(0) - above, above);
+  }
 
  private:
-  Vec<A> (*value_)(Vec<A>, A);
-  Vec<A> (*grad_)(Vec<A>, Vec<A>, A);
-  A alpha_;
+  struct Split {
+    V n, r;
+  };
+
+  // z = n * log(2) + r with whole n and |r| <= log(2) / 2. Of a z whose exponential is 0 or infinity, the nearest such;
+  // NaN stays. The first part of log(2) has few digits, so that its product with n is exact.
+  static Split split(const V& z) {
+    const V round(12582912);  // 1.5 * 2^23: a sum with it has no digits after the point
+    const V kept = at::vec::clamp(z, V(-104), V(89));
+    const V n = at::vec::fmadd(kept, V(1.44269504f), round) - round;
+    return {n, at::vec::fmadd(n, V(2.12194440e-4f), at::vec::fmadd(n, V(-0.693359375f), kept))};
+  }
+  // (exp(r) - 1) / r by a minimax polynomial.
+  static V slope(const V& r) {
+    V p(0.0013950490392744541f);
+    for (float c : {0.00836888886988163f, 0.04166620597243309f, 0.166665181517601f, 0.5f, 1.0f})
+      p = at::vec::fmadd(p, r, V(c));
+    return p;
+  }
 };
 
 // z, the argument of an activation, from the input x and its coefficients centre, scale and shift.
@@ -57,15 +79,12 @@ struct OfInput {
   Vec<A> operator()(const Vec<A>* c, const Vec<A>& x) const { return at::vec::fmadd(x - c[0], c[1], c[2]); }
 };
 
-// z from x and a residual. Without a residual the last argument is ignored, so that one loop serves both.
+// z from x and a residual.
 template <typename A>
 struct OfSum {
   static constexpr int kCoefficients = 3;
-  Vec<A> added;  // a mask
-
-  explicit OfSum(bool has_residual) : added(has_residual ? Vec<A>(0) == Vec<A>(0) : Vec<A>(0)) {}
   Vec<A> operator()(const Vec<A>* c, const Vec<A>& x, const Vec<A>& residual) const {
-    return OfInput<A>()(c, x) + Vec<A>::blendv(Vec<A>(A(-0.0)), residual, added);
+    return OfInput<A>()(c, x) + residual;
   }
 };
 
@@ -75,5 +94,62 @@ struct OfOutput {
   static constexpr int kCoefficients = 0;
   Vec<A> operator()(const Vec<A>*, const Vec<A>&, const Vec<A>& y) const { return y; }
 };
+
+template <typename A>
+struct PiecewiseActivation {
+  using OfSaved = OfOutput<A>;  // what backward has of a residual
+  Piecewise<VectorMath<A>> of;
+
+  template <int V>
+  void value(Block<A, V>& z) const {
+    for (Vec<A>& v : z.v) v = of.value(v);
+  }
+  template <int V>
+  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
+    for (int q = 0; q < V; ++q) dy.v[q] = of.grad(dy.v[q], z.v[q]);
+  }
+};
+
+template <typename A>
+class SmoothActivation {
+ public:
+  using OfSaved = OfSum<A>;
+
+  explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
+    with_curve(a.curve, [&]<typename Of>(Of) {
+      value_ = [](Vec<A>* z, int n, A alpha) {
+        for (int q = 0; q < n; ++q) z[q] = Of::template value<VectorMath<A>>(z[q], Vec<A>(alpha));
+      };
+      grad_ = [](Vec<A>* dy, const Vec<A>* z, int n, A alpha) {
+        for (int q = 0; q < n; ++q) dy[q] = Of::template grad<VectorMath<A>>(dy[q], z[q], Vec<A>(alpha));
+      };
+    });
+  }
+  template <int V>
+  void value(Block<A, V>& z) const {
+    value_(z.v, V, alpha_);
+  }
+  template <int V>
+  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
+    grad_(dy.v, z.v, V, alpha_);
+  }
+
+ private:
+  void (*value_)(Vec<A>* z, int n, A alpha);
+  void (*grad_)(Vec<A>* dy, const Vec<A>* z, int n, A alpha);
+  A alpha_;
+};
+
+// f(activation of vectors). The bounds of a piecewise linear one are rounded to T, as the outputs are that backward
+// compares with them.
+template <typename T, typename F>
+void with_activation(const Activation& a, const F& f) {
+  using A = Acc<T>;
+  const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
+  if (is_piecewise_linear(a))
+    f(PiecewiseActivation<A>{{all(a.slope), all(static_cast<T>(a.low)), all(static_cast<T>(a.high))}});
+  else
+    f(SmoothActivation<A>(a));
+}
 
 }  // namespace batchnorm_ext::cpu

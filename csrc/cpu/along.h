@@ -141,7 +141,7 @@ class AlongBackward {
       const Vec<A> along = at::vec::fmadd(value - centre, slope, offset);
       return {scale * at::vec::fmsub(Vec<A>::loadu(weight + j), grad, along)};
     };
-    transform<kStream>(std::array{dx}, g.per_stat, f, dy, x);
+    transform<kStream>(std::array{dx}, g.per_stat, f, LaneIndex(), dy, x);
   }
 
   const Geometry g;

@@ -105,17 +105,12 @@ struct Backward {
   void with_grad(const F& f) const {
     const A* const* const rows = table.view() + 5;
     if (!is_activated()) return f(PlainGrad(), dy, x);
-    if (!is_piecewise_linear(activation)) {
-      const ActivatedGrad<OfSum<A>, SmoothActivation<A>, A> grad{OfSum<A>(residual != nullptr),
-                                                                 SmoothActivation<A>(activation), rows};
-      return f(grad, dy, x, residual == nullptr ? x : residual);
-    }
-    using Act = PiecewiseActivation<A>;
-    const Act act = piecewise<T>(activation);
-    if (residual == nullptr)
-      f(ActivatedGrad<OfInput<A>, Act, A>{{}, act, rows}, dy, x);
-    else
-      f(ActivatedGrad<OfOutput<A>, Act, A>{{}, act, rows}, dy, x, residual);
+    with_activation<T>(activation, [&]<typename Act>(const Act& act) {
+      if (residual == nullptr)
+        f(ActivatedGrad<OfInput<A>, Act, A>{act, rows}, dy, x);
+      else
+        f(ActivatedGrad<typename Act::OfSaved, Act, A>{act, rows}, dy, x, residual);
+    });
   }
 
   void map_all_cells() const {
@@ -136,19 +131,12 @@ struct Backward {
       return f(NormalizeGrad<A>(), c, one, dy, x);
     }
     const Vec<A> zero(0), mask = training ? zero == zero : zero;
-    if (!is_piecewise_linear(activation)) {
-      using Act = SmoothActivation<A>;
-      const Act act(activation);
-      const OfSum<A> z(residual != nullptr);
-      if (residual == nullptr) return f(ActivatedNormalizeGrad<OfSum<A>, Act, A, 1>{z, act, mask}, c, one, dy, x, x);
-      return f(ActivatedNormalizeGrad<OfSum<A>, Act, A, 2>{z, act, mask}, c, both, dy, x, residual);
-    }
-    using Act = PiecewiseActivation<A>;
-    const Act act = piecewise<T>(activation);
-    if (residual == nullptr)
-      f(ActivatedNormalizeGrad<OfInput<A>, Act, A, 1>{{}, act, mask}, c, one, dy, x);
-    else
-      f(ActivatedNormalizeGrad<OfOutput<A>, Act, A, 2>{{}, act, mask}, c, both, dy, x, residual);
+    with_activation<T>(activation, [&]<typename Act>(const Act& act) {
+      if (residual == nullptr)
+        f(ActivatedNormalizeGrad<OfInput<A>, Act, A, 1>{act, mask}, c, one, dy, x);
+      else
+        f(ActivatedNormalizeGrad<typename Act::OfSaved, Act, A, 2>{act, mask}, c, both, dy, x, residual);
+    });
   }
 
   // The coefficients of z. They are those of the forward, so that z has the same bits.

@@ -133,14 +133,14 @@ class Column {
     const Span s = span(block, chunk);
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride()) {
-      Vec<A> row[Op::kParameters];
+      Coefficients<A, Op::kParameters> row;
       for (int i = 0; i < Op::kParameters; ++i) row[i] = Vec<A>(parameters[i][first_row(chunk) + r]);
       const auto f = [&](int64_t j, const auto&... v) {
-        Vec<A> cell[Op::kCoefficients];
+        Coefficients<A, Op::kCoefficients> cell;
         for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
         return op(cell, row, v...);
       };
-      transform<kStream>(advanced(out, at), s.columns, f, (in + at)...);
+      transform<kStream>(advanced(out, at), s.columns, f, LaneIndex(), (in + at)...);
     }
   }
 
@@ -160,14 +160,14 @@ class Column {
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
     const A* c[Op::kCoefficients];
     for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread + i * pitch);
-    const auto f = [&](int64_t j, const auto&... v) {
-      Vec<A> at[Op::kCoefficients];
-      for (int i = 0; i < Op::kCoefficients; ++i) at[i] = Vec<A>::loadu(c[i] + j);
-      return op(at, v...);
+    const auto of_lanes = [&](int64_t j) {
+      Coefficients<A, Op::kCoefficients> here;
+      for (int i = 0; i < Op::kCoefficients; ++i) here[i] = Vec<A>::loadu(c[i] + j);
+      return here;
     };
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride())
-      transform<kStream, kUnrolled<Op>>(advanced(out, at), s.columns, f, (in + at)...);
+      transform<kStream>(advanced(out, at), s.columns, op, of_lanes, (in + at)...);
   }
 
  private:

@@ -80,17 +80,12 @@ struct Forward {
   template <typename F>
   void with_map(const F& f) const {
     if (activation.curve == Curve::kNone && residual == nullptr) return f(Normalize<A>(), x);
-    if (!is_piecewise_linear(activation)) {
-      const NormalizeActivate<OfSum<A>, SmoothActivation<A>, A> op{OfSum<A>(residual != nullptr),
-                                                                   SmoothActivation<A>(activation)};
-      return f(op, x, residual == nullptr ? x : residual);
-    }
-    using Act = PiecewiseActivation<A>;
-    const Act act = piecewise<T>(activation);
-    if (residual == nullptr)
-      f(NormalizeActivate<OfInput<A>, Act, A>{{}, act}, x);
-    else
-      f(NormalizeActivate<OfSum<A>, Act, A>{OfSum<A>(true), act}, x, residual);
+    with_activation<T>(activation, [&]<typename Act>(const Act& act) {
+      if (residual == nullptr)
+        f(NormalizeActivate<OfInput<A>, Act, A>{act}, x);
+      else
+        f(NormalizeActivate<OfSum<A>, Act, A>{act}, x, residual);
+    });
   }
 
   // finish(first, width, mean, m2) takes the moments of statistics [first, first + width).

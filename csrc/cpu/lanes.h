@@ -130,16 +130,16 @@ struct LaneMoments {
   }
 };
 
-// What enters the sums of a gradient is grad(coefficients of the lanes, block, dy, x...): dy, or dy times a weight for
-// each block, or dy times the derivative of an activation (maps.h). A functor with coefficients has their values for
-// every cell in `rows`.
+// What enters the sums of a gradient is grad(coefficients of the q-th vector, row, dy, x...): dy, or dy times a weight
+// for each row of blocks, or dy times the derivative of an activation (maps.h). A functor with coefficients has their
+// values for every cell in `rows`.
 struct PlainGrad {
   static constexpr int kCoefficients = 0;
 
   PlainGrad from(int64_t) const { return {}; }
   double at(int64_t, double dy, double) const { return dy; }  // of one element of a cell
-  template <typename A>
-  Vec<A> operator()(const Outputs<A, 0>&, int64_t, const Vec<A>& dy, const Vec<A>&) const {
+  template <typename A, int V>
+  Block<A, V> operator()(const auto&, int64_t, const Block<A, V>& dy, const Block<A, V>&) const {
     return dy;
   }
 };
@@ -149,9 +149,10 @@ struct WeightedGrad {
   static constexpr int kCoefficients = 0;
   const A* weight;
 
-  WeightedGrad from(int64_t block) const { return {weight + block}; }
-  Vec<A> operator()(const Outputs<A, 0>&, int64_t block, const Vec<A>& dy, const Vec<A>&) const {
-    return Vec<A>(weight[block]) * dy;
+  WeightedGrad from(int64_t row) const { return {weight + row}; }
+  template <int V>
+  Block<A, V> operator()(const auto&, int64_t row, const Block<A, V>& dy, const Block<A, V>&) const {
+    return make_block<A, V>([&](int q) { return Vec<A>(weight[row]) * dy.v[q]; });
   }
 };
 
@@ -197,7 +198,7 @@ struct LaneGradSums {
       const int64_t tile = std::min(blocks, kTile - n);
       for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
-        Outputs<A, kCoefficients> c[V];
+        Coefficients<A, kCoefficients> c[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = mean[first + q];
           sums[q] = s1[first + q];
@@ -206,14 +207,17 @@ struct LaneGradSums {
         }
         const auto take = [&](int64_t i, const auto& g, const auto& v, const auto&... w)
                               __attribute__((always_inline)) {
+                                const auto of = [&](int q) -> const auto& { return c[q]; };
+                                const Block<A, V> entering = grad(of, i, g, v, w...);
                                 for (int q = 0; q < V; ++q) {
-                                  const Vec<A> entering = grad(c[q], i, g.v[q], v.v[q], w.v[q]...);
-                                  sums[q] = sums[q] + entering;
-                                  dots[q] = at::vec::fmadd(entering, v.v[q] - centre[q], dots[q]);
+                                  sums[q] = sums[q] + entering.v[q];
+                                  dots[q] = at::vec::fmadd(entering.v[q], v.v[q] - centre[q], dots[q]);
                                 }
                               };
         for (int64_t i = 0; i < tile; ++i) {
           const int64_t here = at + i * stride;
+          if constexpr (kCoefficients > 0)
+            if (stride == kLanes<A>) prefetch_ahead(dy + here, x + here, (more + here)...);
           take(i, load(dy + here), load(x + here), load(more + here)...);
         }
         for (int q = 0; q < V; ++q) {

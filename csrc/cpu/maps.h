@@ -33,18 +33,21 @@ class CoefficientTable {
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
-  Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A>& x) const { return {OfInput<A>()(c, x)}; }
+  Outputs<A, 1> operator()(const auto& c, const Vec<A>& x) const { return {OfInput<A>()(c.data(), x)}; }
 };
 
 // y = activation(z), with z from the same coefficients (activate.h)
 template <typename Z, typename Act, typename A>
 struct NormalizeActivate {
   static constexpr int kCoefficients = 3;
-  static constexpr bool kCalls = Act::kCalls;
-  Z z;
+  static constexpr bool kBlocks = true;
   Act act;
-  Outputs<A, 1> operator()(const Vec<A> (&c)[3], const Vec<A>& x, const auto&... residual) const {
-    return {act.value(z(c, x, residual...))};
+  template <int V>
+  std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
+    std::array<Block<A, V>, 1> y;
+    for (int q = 0; q < V; ++q) y[0].v[q] = Z()(c(q).data(), x.v[q], residual.v[q]...);
+    act.value(y[0]);
+    return y;
   }
 };
 
@@ -52,7 +55,7 @@ struct NormalizeActivate {
 template <typename A>
 struct NormalizeGrad {
   static constexpr int kCoefficients = 4;
-  Outputs<A, 1> operator()(const Vec<A> (&c)[4], const Vec<A>& dy, const Vec<A>& x) const {
+  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
     return {c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]))};
   }
 };
@@ -61,7 +64,7 @@ struct NormalizeGrad {
 template <typename A>
 struct GroupGrad {
   static constexpr int kCoefficients = 5;
-  Outputs<A, 1> operator()(const Vec<A> (&c)[5], const Vec<A>& dy, const Vec<A>& x) const {
+  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
     return {c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]))};
   }
 };
@@ -70,28 +73,30 @@ struct GroupGrad {
 template <typename A>
 struct Scale {
   static constexpr int kCoefficients = 1;
-  Outputs<A, 1> operator()(const Vec<A> (&c)[1], const Vec<A>& dy) const { return {c[0] * dy}; }
+  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy) const { return {c[0] * dy}; }
 };
 
 // g = dy * activation'(z), for the sums. `more`: what z takes beside x.
 template <typename Z, typename Act, typename A>
 struct ActivatedGrad {
   static constexpr int kCoefficients = Z::kCoefficients;
-  Z z;
   Act act;
   const A* const* rows;  // the coefficients of each cell
 
   ActivatedGrad from(int64_t) const { return *this; }
-  Vec<A> operator()(const Outputs<A, kCoefficients>& c, int64_t, const Vec<A>& dy, const Vec<A>& x,
-                    const auto&... more) const {
-    return act.grad(dy, z(c.data(), x, more...));
+  template <int V>
+  Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
+                         const auto&... more) const {
+    Block<A, V> g = dy;
+    act.grad(g, make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], more.v[q]...); }));
+    return g;
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
-    const auto all = [](double v) { return Vec<A>(static_cast<A>(v)); };
-    Outputs<A, kCoefficients> c;
+    const auto all = [](double v) { return Block<A, 1>{Vec<A>(static_cast<A>(v))}; };
+    Coefficients<A, kCoefficients> c;
     for (int k = 0; k < kCoefficients; ++k) c[k] = Vec<A>(rows[k][cell]);
     A lanes[Vec<A>::size()];
-    (*this)(c, 0, all(dy), all(x), all(more)...).store(lanes);
+    (*this)([&](int) -> const auto& { return c; }, 0, all(dy), all(x), all(more)...).v[0].store(lanes);
     return lanes[0];
   }
 };
@@ -101,19 +106,22 @@ struct ActivatedGrad {
 template <typename Z, typename Act, typename A, size_t kOutputs>
 struct ActivatedNormalizeGrad {
   static constexpr int kCoefficients = 5 + Z::kCoefficients;
-  static constexpr bool kCalls = Act::kCalls;
-  Z z;
+  static constexpr bool kBlocks = true;
   Act act;
   Vec<A> training;  // a mask
 
-  Outputs<A, kOutputs> operator()(const Vec<A> (&c)[kCoefficients], const Vec<A>& dy, const Vec<A>& x,
-                                  const auto&... more) const {
-    const Vec<A> g = act.grad(dy, z(c + 5, x, more...));
-    const Vec<A> dx = c[3] * at::vec::fmsub(c[4], g, training & at::vec::fmadd(x - c[0], c[1], c[2]));
-    if constexpr (kOutputs == 1)
-      return {dx};
-    else
-      return {dx, g};
+  template <int V>
+  std::array<Block<A, V>, kOutputs> operator()(const auto& of, const Block<A, V>& dy, const Block<A, V>& x,
+                                               const auto&... more) const {
+    std::array<Block<A, V>, kOutputs> out;
+    Block<A, V>& g = out[kOutputs - 1];
+    g = dy;
+    act.grad(g, make_block<A, V>([&](int q) { return Z()(of(q).data() + 5, x.v[q], more.v[q]...); }));
+    for (int q = 0; q < V; ++q) {
+      const auto& c = of(q);
+      out[0].v[q] = c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
+    }
+    return out;
   }
 };
 

@@ -117,10 +117,10 @@ void map_range(const Geometry& g, const Op& op, const Acc<T>* const* coefficient
     for (; at < end && channel < g.channels; at = stop, ++channel) {
       stop += g.inner;
       const int64_t n = std::min(end, stop) - at;
-      Vec<Acc<T>> cell[Op::kCoefficients];
+      Coefficients<Acc<T>, Op::kCoefficients> cell;
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<Acc<T>>(coefficients[i][first + channel]);
-      const auto f = [&](int64_t, const auto&... v) { return op(cell, v...); };
-      transform<kStream, kUnrolled<Op>>(advanced(out, at), n, f, (in + at)...);
+      const auto everywhere = [&](int64_t) -> const auto& { return cell; };
+      transform<kStream>(advanced(out, at), n, op, everywhere, (in + at)...);
     }
   }
 }

@@ -96,14 +96,14 @@ class Row {
     const Span s = span(chunk);
     for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
       const int64_t at = start(c, s), along = c % period * g.inner + s.offset;
-      Vec<A> cell[Op::kCoefficients];
+      Coefficients<A, Op::kCoefficients> cell;
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
       const auto f = [&](int64_t j, const auto&... v) {
-        Vec<A> here[Op::kParameters];
+        Coefficients<A, Op::kParameters> here;
         for (int i = 0; i < Op::kParameters; ++i) here[i] = Vec<A>::loadu(parameters[i] + along + j);
         return op(cell, here, v...);
       };
-      transform<kStream>(advanced(out, at), s.length, f, (in + at)...);
+      transform<kStream>(advanced(out, at), s.length, f, LaneIndex(), (in + at)...);
     }
   }
 
@@ -113,12 +113,12 @@ class Row {
            const std::array<T*, kOutputs>& out, const In*... in) const {
     const Span s = span(chunk);
     for (int64_t c = first(block), last = c + width(block); c < last; ++c) {
-      Vec<A> cell[Op::kCoefficients];
+      Coefficients<A, Op::kCoefficients> cell;
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
-      const auto f = [&](int64_t, const auto&... v) { return op(cell, v...); };
+      const auto everywhere = [&](int64_t) -> const auto& { return cell; };
       int64_t at = start(c, s);
       for (int64_t r = 0; r < s.runs; ++r, at += stride())
-        transform<kStream, kUnrolled<Op>>(advanced(out, at), s.length, f, (in + at)...);
+        transform<kStream>(advanced(out, at), s.length, op, everywhere, (in + at)...);
     }
   }
 
@@ -220,7 +220,7 @@ class Row {
     constexpr int V = kParts<T>, K = Grad::kCoefficients;
     int64_t starts[R];
     Vec<A> sums[R][V], dots[R][V], centre[R];
-    Outputs<A, K> c[R];
+    Coefficients<A, K> c[R];
     for (int r = 0; r < R; ++r) {
       starts[r] = start(cell + r, s);
       centre[r] = Vec<A>(mean[cell + r]);
@@ -230,10 +230,10 @@ class Row {
     for (int64_t run = 0; run < s.runs; ++run)
       for_each_load(s.length, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
         const auto take = [&](int r, const auto& g, const auto& v, const auto&... w) __attribute__((always_inline)) {
+          const Block<A, V> entering = grad([&](int) -> const auto& { return c[r]; }, 0, g, v, w...);
           for (int q = 0; q < V; ++q) {
-            const Vec<A> entering = grad(c[r], 0, g.v[q], v.v[q], w.v[q]...);
-            sums[r][q] = sums[r][q] + entering;
-            dots[r][q] = at::vec::fmadd(entering, v.v[q] - centre[r], dots[r][q]);
+            sums[r][q] = sums[r][q] + entering.v[q];
+            dots[r][q] = at::vec::fmadd(entering.v[q], v.v[q] - centre[r], dots[r][q]);
           }
         };
         for (int r = 0; r < R; ++r) {

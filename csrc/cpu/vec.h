@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
@@ -34,6 +35,14 @@ template <typename A, int V = kVecs>
 struct Block {
   Vec<A> v[V];
 };
+
+// f(q) for the vectors of a block.
+template <typename A, int V, typename F>
+__attribute__((always_inline)) inline Block<A, V> make_block(const F& f) {
+  Block<A, V> block;
+  for (int q = 0; q < V; ++q) block.v[q] = f(q);
+  return block;
+}
 
 // One value for each lane of a full block, in memory and not initialized.
 template <typename A>
@@ -132,6 +141,25 @@ inline double sum_of_lanes(const Vec<double>& v) {
 #endif
 }
 
+// v * 2^n for whole numbers n, also where 2^n alone is none that fp32 has.
+inline Vec<float> times_power_of_two(const Vec<float>& v, const Vec<float>& n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(v, n);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256i all = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(all, 1);
+  const auto power = [](__m256i e) {
+    return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)));
+  };
+  return v * power(half) * power(_mm256_sub_epi32(all, half));
+#else
+  float values[Vec<float>::size()], exponents[Vec<float>::size()];
+  v.store(values), n.store(exponents);
+  for (int64_t l = 0; l < Vec<float>::size(); ++l)
+    values[l] = exponents[l] == exponents[l] ? std::ldexp(values[l], static_cast<int>(exponents[l])) : exponents[l];
+  return Vec<float>::loadu(values);
+#endif
+}
+
 // Writes past the caches, for an output that would only push its own input out of them. `p` is aligned to a vector.
 template <typename V>
 inline void stream(const V& value, void* p) {
@@ -165,6 +193,10 @@ inline void store_block(T* p, const Block<Acc<T>, V>& block) {
 template <typename A, size_t kOutputs>
 using Outputs = std::array<Vec<A>, kOutputs>;
 
+// What a map or a sum knows of the cells of a vector's lanes.
+template <typename A, int kCount>
+using Coefficients = std::array<Vec<A>, kCount>;
+
 // Each pointer, so many elements on.
 template <typename T, size_t kOutputs>
 std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
@@ -172,23 +204,39 @@ std::array<T*, kOutputs> advanced(std::array<T*, kOutputs> out, int64_t by) {
   return out;
 }
 
-// How many vectors a map takes at once. 1 stands for the smallest block, for maps that call a function.
-template <typename Op>
-constexpr int kUnrolled = requires { requires Op::kCalls; } ? 1 : kVecs;
+// For ops that take the index itself. Not std::identity, which would return a reference to a temporary.
+struct LaneIndex {
+  int64_t operator()(int64_t i) const { return i; }
+};
 
-// out[k][i] = f(i, in[i]...)[k] for i in [0, n). `f` takes the index of a vector's first lane and one vector of each
-// input. With kStream all outputs must have the same offset from a vector's boundary.
-template <bool kStream, int kAtOnce = kVecs, typename T, size_t kOutputs, typename F, typename... In>
-inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const F& f, const In*... in) {
+// Asks for the full blocks further on, which may be past the end. For maps and sums with an activation, whose
+// arithmetic fills the processor before it comes to the loads that follow.
+template <typename T, typename... More>
+__attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More*... more) {
+  constexpr int64_t ahead = 2048 / sizeof(T), line = 64 / sizeof(T);
+  for (int64_t i = 0; i < kLanes<Acc<T>>; i += line) __builtin_prefetch(p + ahead + i);
+  if constexpr (sizeof...(More) > 0) prefetch_ahead(more...);
+}
+
+// out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
+// lane, and one vector of each input. An op with kBlocks takes at(first lane of the q-th vector) as a function of q,
+// and blocks. With kStream all outputs must have the same offset from a vector's boundary.
+template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
+inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
   const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) {
-    std::array<Block<A, V>, kOutputs> y;
-    for (int q = 0; q < V; ++q) {
-      const Outputs<A, kOutputs> values = f(i + q * Vec<A>::size(), x.v[q], more.v[q]...);
-      for (size_t k = 0; k < kOutputs; ++k) y[k].v[q] = values[k];
+    const auto here = [&](int q) -> decltype(auto) { return at(i + q * Vec<A>::size()); };
+    if constexpr (requires { requires Op::kBlocks; }) {
+      return op(here, x, more...);
+    } else {
+      std::array<Block<A, V>, kOutputs> y;
+      for (int q = 0; q < V; ++q) {
+        const Outputs<A, kOutputs> values = op(here(q), x.v[q], more.v[q]...);
+        for (size_t k = 0; k < kOutputs; ++k) y[k].v[q] = values[k];
+      }
+      return y;
     }
-    return y;
   };
   const auto step = [&]<int V, bool kThisStream>(int64_t i) {
     const auto y = apply(i, load_block<V>(in + i)...);
@@ -204,8 +252,10 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const F& f
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  if constexpr (kAtOnce == kVecs)
-    for (; i + L <= n; i += L) step.template operator()<kVecs, kStream>(i);
+  for (; i + L <= n; i += L) {
+    if constexpr (requires { requires Op::kBlocks; }) prefetch_ahead((in + i)...);
+    step.template operator()<kVecs, kStream>(i);
+  }
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
   if (i == n) return;
   if (kStream || n < width)
