@@ -28,8 +28,6 @@ from fusing import conv
 from keeping import kept_bytes, saved_bytes
 from support import assert_bitwise, ops
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA the outputs are kept")
-
 everything = partial(recompute_activations, 1)  # with more to look at than the default
 SIZE = (4, C, 16, 16)
 BYTES = 4 * 4 * C * 16 * 16  # of a float32 tensor of that size
@@ -46,13 +44,15 @@ def _no_hooks_are_left():
 
 @pytest.mark.parametrize("activation", ["", *ACTIVATIONS])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_map_gives_the_same_bits(dtype, activation):
+def test_the_map_gives_the_same_bits(dtype, activation, device):
     name = batchnorm_ext._activations.activation_name(activation)
     for (size, layout), norm, has_residual in itertools.product(INPUTS, NORMS, (False, True)):
         groups = {"instance": C, "group": 2}.get(norm, 0)
         if (len(size) == 2 and groups) or (has_residual and activation == "leaky_relu(-0.5)"):
             continue
-        p = make_problem(size, layout, dtype, has_residual)
+        if device.type == "cuda" and dtype == torch.float64 and (name or has_residual):
+            continue  # there are no kernels for these
+        p = make_problem(size, layout, dtype, has_residual, device)
         training = norm != "batch, evaluation"
         tensors = [p.x, p.weight, p.bias]
         state = [None, None] if training else [p.mean, p.var]
@@ -68,9 +68,17 @@ def test_the_map_gives_the_same_bits(dtype, activation):
 @pytest.mark.parametrize(
     "scale, centre", [(1, 1e4), (1e-3, 1e6), (3e37, 0), (1e30, 3e38), (1e-38, 0)]
 )
-def test_the_map_of_extreme_channels(scale, centre):
+def test_the_map_of_extreme_channels(scale, centre, device):
     """Statistics that the forward mends, and centres that depend on the number of elements."""
-    x = torch.randn(3, C, 40, 9).double().mul(scale).add(centre).clamp(-3.4e38, 3.4e38).float()
+    x = (
+        torch.randn(3, C, 40, 9)
+        .double()
+        .mul(scale)
+        .add(centre)
+        .clamp(-3.4e38, 3.4e38)
+        .float()
+        .to(device)
+    )
     for groups in (0, 2, C):
         y, stats = ops.batch_norm(x, None, None, None, None, True, 1e-5, groups)
         assert_bitwise("y", ops.batch_norm_map(x, None, None, stats, True, groups, None, ""), y)
@@ -96,9 +104,9 @@ def test_what_the_map_refuses():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, layout", [INPUTS[0], INPUTS[2], INPUTS[4], INPUTS[8]], ids=str)
-def test_gradients_are_the_same_bits(size, layout, dtype, activation):
+def test_gradients_are_the_same_bits(size, layout, dtype, activation, device):
     for norm, has_residual in itertools.product(NORMS, (False, True)):
-        p = make_problem(size, layout, dtype, has_residual)
+        p = make_problem(size, layout, dtype, has_residual, device)
 
         def found(context, norm=norm, p=p):
             with context():
