@@ -55,8 +55,8 @@ def batch_norm_act(
     seven times forward and six backward; this function does so three and five times at best.
     Backward computes the argument of the activation again from ``input`` and ``residual``; after a
     residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` read the output instead. No more
-    is kept for the backward than by PyTorch's functions. On CUDA these add and activate, after the
-    norm of this library. Source of the normalization: Ioffe & Szegedy 2015, algorithm 1.
+    is kept for the backward than by PyTorch's functions. Of float64 on CUDA these add and activate,
+    after the norm of this library. Source of the normalization: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
         input, running_mean, running_var, weight, bias, training, momentum, eps: as

@@ -14,7 +14,6 @@ __all__ = [
     "activation_name",
     "can_fuse",
     "is_activation",
-    "pays",
     "then",
 ]
 
@@ -33,7 +32,6 @@ _FUNCTIONS: dict[str, Callable] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-_PIECEWISE = frozenset(("", "relu", "relu6", "hardtanh", "leaky_relu"))
 _NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # of arguments
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
@@ -113,18 +111,6 @@ def can_fuse(input: Tensor, residual: Tensor | None, activation: str) -> bool:
     if residual is not None and activation.startswith("leaky_relu(-"):
         return False
     return not (getattr(input, "is_cuda", False) and input.dtype == torch.float64)
-
-
-def pays(input: Tensor, activation: str) -> bool:
-    """Whether the fused call takes less time than PyTorch's steps.
-
-    The fused backward computes an activation twice, once for the sums and once for the map. On a
-    CPU, for smooth ones of bfloat16, that takes longer than the memory traffic that is saved
-    (BatchNorm2d on two cores: docs/benchmarks.md); float16, which was not measured, is taken for
-    the same.
-    """
-    halves = input.dtype in (torch.bfloat16, torch.float16)
-    return not halves or input.is_cuda or activation.partition("(")[0] in _PIECEWISE
 
 
 def then(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:

@@ -21,7 +21,6 @@ from batchnorm_ext._activations import (
     activation_name,
     can_fuse,
     is_activation,
-    pays,
 )
 from batchnorm_ext._layer import counting, own, statistics
 from batchnorm_ext._native import BATCH_NORM
@@ -112,8 +111,7 @@ def norm_then(
         x = run_sequential(first, x)
     taken = type(module) in FUSED_NORMS and isinstance(x, Tensor)
     if taken and _are_plain(module, activation) and _fits(x, residual):
-        name = _name(activation)
-        y = _fused(module, x, residual, name) if pays(x, name) else None
+        y = _fused(module, x, residual, _name(activation))
         if y is not None:
             return y
     return _finish(module(x), activation, residual, written)
@@ -136,9 +134,8 @@ def group_norm_then(*arguments) -> Tensor:
 
 def _function_then(fused: Callable, norm: Callable, *arguments) -> Tensor:
     *arguments, activation, residual, written = arguments
-    name = _name(activation)
-    if _fits(arguments[0], residual) and pays(arguments[0], name):
-        return fused(*arguments, name, residual)
+    if _fits(arguments[0], residual):
+        return fused(*arguments, _name(activation), residual)
     return _finish(norm(*arguments), activation, residual, written)
 
 

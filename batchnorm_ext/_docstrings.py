@@ -125,8 +125,7 @@ _ACTIVATED = r"""
 with an activation phi and, where ``forward`` is given one, a residual r of the shape, dtype and
 device of the input. Parameters, buffers and ``state_dict`` are those of the layer without these.
 ``convert`` and ``revert`` leave this layer as it is; ``convert_sync_batchnorm`` makes
-``BatchNormAct1d/2d/3d`` a ``SyncBatchNormAct``. On CUDA PyTorch's functions add and activate, after
-the norm of this library.
+``BatchNormAct1d/2d/3d`` a ``SyncBatchNormAct``.
 """
 
 _ACTIVATION = """

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from batchnorm_ext import _chain
-from batchnorm_ext._activations import can_fuse, pays
+from batchnorm_ext._activations import can_fuse
 from batchnorm_ext._graph import Report
 from batchnorm_ext._hazards import Fusion, Hazards, describe, example
 from batchnorm_ext._spelling import (
@@ -202,10 +202,8 @@ class Fusions:
         input, residual = example(fusion.norm.input), fusion.residual and example(fusion.residual)
         if fusion.norm.operator is None:
             return ""
-        if not can_fuse(input, residual, name):
-            return "its operator has no kernels for the activation here"
-        slow = isinstance(input, Tensor) and not pays(input, name)
-        return "the activation takes longer in its operator" if slow else ""
+        fuses = can_fuse(input, residual, name)
+        return "" if fuses else "its operator has no kernels for the activation here"
 
     def _hooks(self, node: fx.Node) -> str:
         plain = node.op != "call_module" or _chain.is_plain(self.modules[node.target])

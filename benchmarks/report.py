@@ -131,13 +131,16 @@ def sync_table(rows: pd.DataFrame) -> str:
 def family_table(rows: pd.DataFrame) -> str:
     """Each norm, dtype and layout: geometric means over its shapes, and the least."""
     lines, columns = [], [name for name in ("native", "hand", "compiled") if name in rows]
-    for (norm, kind), group in rows.groupby(["norm", "kind"], sort=False):
+    whole = {"module": ""}  # forward and backward
+    for (norm, kind, what), group in rows.groupby(["norm", "kind", "pass"], sort=False):
         ratios = [mean(group[name] / group.ours) for name in columns]
         value, where = musts.worst(group, "x")
         least = f"{value:.2f} at {where.split()[0]}"
-        lines.append([f"{norm}, {kind}", *ratios, mean(group.over_floor), least])
+        label = f"{norm}, {kind}{whole.get(what, f', {what}')}"
+        lines.append([label, *ratios, mean(group.over_floor), least])
     header = [f"x {name}" for name in columns]
-    return table(lines, ["forward and backward", *header, "time / floor", "least x native"])
+    passes = "" if whole.keys().isdisjoint(rows["pass"]) else "forward and backward"
+    return table(lines, [passes, *header, "time / floor", "least x native"])
 
 
 def must_table(verdicts: list[list[str]]) -> str:
@@ -185,6 +188,8 @@ def gpu_block(directory: Path) -> str:
         parts += [layer_table(rows), must_table(musts.gpu_verdicts(rows))]
     tables = {"family": family_table, "steps": step_table}
     parts += [make(files[name]) for name, make in tables.items() if name in files]
+    if "fused" in files:
+        parts += [described(files["fused"].attrs), family_table(files["fused"])]
     return "\n\n".join(parts)
 
 

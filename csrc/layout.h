@@ -31,6 +31,10 @@ inline at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& x) {
   return tensor;
 }
 
+inline OptionalTensor like_layout(const OptionalTensor& tensor, const at::Tensor& x) {
+  return tensor ? OptionalTensor(like_layout(*tensor, x)) : std::nullopt;
+}
+
 inline Geometry geometry_of(const at::Tensor& dense, const Domain& domain = {}) {
   const int64_t groups = domain.groups;
   Geometry g{1, dense.size(1), 1};

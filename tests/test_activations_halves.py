@@ -7,7 +7,7 @@ from activations import ACTIVATIONS, INPUTS, PIECEWISE, C, bound, make_problem
 from cases import DTYPES, LAYOUTS
 from support import assert_bitwise, assert_within, ops
 
-pytestmark = pytest.mark.only("cpu", reason="on CUDA the activation is PyTorch's function so far")
+pytestmark = pytest.mark.only("cpu", reason="of the CPU kernels")
 
 every_activation = pytest.mark.parametrize(
     "activation", [name for name in ACTIVATIONS if name != "identity"]

@@ -221,18 +221,6 @@ def test_subclass_whose_forward_is_a_graph():
     assert_leaves(nn.Sequential(conv(), layer), "is no graph: ", "1")
 
 
-@pytest.mark.parametrize("function", [F.silu, F.relu])
-def test_smooth_activations_of_16_bits_run_step_by_step(function):
-    """The fused backward computes them twice, which takes longer than PyTorch's steps."""
-    model = batchnorm_ext.fuse(block(lambda m, x: function(m.bn1(x)), bn2=None))
-    x = image().detach()
-    for dtype, fuses in [(torch.float32, True), (torch.bfloat16, function is F.relu)]:
-        model.to(dtype)
-        steps = model(x.to(dtype)).grad_fn.name()
-        native = function(torch.ones(1, requires_grad=True)).grad_fn.name()
-        assert (steps != native) == fuses, steps
-
-
 @pytest.mark.parametrize("activation", [nn.LeakyReLU(0.1), nn.ReLU6(), nn.Hardtanh(-1, 2)])
 def test_outputs_that_a_caller_writes_to(activation):
     """PyTorch's backward reads the input of these, ours the output."""

@@ -1,10 +1,13 @@
-// The fused backward, tensors in and pointers out, as forward.cpp.
+// Backwards, tensors in and pointers out: as a whole, and in halves as the forwards of forward.cpp.
 #include "backward.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -26,7 +29,7 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
   const Tensor x = dense(o.x, s.domain);
   const Geometry geometry = arranged(x, s.domain);
   const Tensor dy = like_layout(o.dy, x);
-  const OptionalTensor residual = o.residual ? OptionalTensor(like_layout(*o.residual, x)) : std::nullopt;
+  const OptionalTensor residual = like_layout(o.residual, x);
   const auto [want_dx, want_dweight, want_dbias] = s.mask;
   const bool maps = want_dx || residual;
   Tensor dx = maps ? empty_output_like(x) : Tensor(), dresidual = residual ? empty_output_like(x) : Tensor();
@@ -46,7 +49,6 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
   const double *const mean = o.stats.const_data_ptr<double>(), *const invstd = mean + geometry.stats();
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    const auto read = [](const OptionalTensor& t) { return t ? t->const_data_ptr<scalar_t>() : nullptr; };
     const auto write = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<scalar_t>() : nullptr; };
     const scalar_t *const dy_in = dy.const_data_ptr<scalar_t>(), *const x_in = x.const_data_ptr<scalar_t>();
     if (has_parameters_within(geometry, s.domain)) {
@@ -62,7 +64,7 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     Backward<scalar_t> run{geometry,
                            dy_in,
                            x_in,
-                           read(residual),
+                           read<scalar_t>(residual),
                            write(dx),
                            write(dresidual),
                            s.training,
@@ -91,9 +93,72 @@ Gradients backward(const GradOperands& o, const GradSpec& s) {
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+// The backward of statistics of `count` elements. dx and dresidual are undefined, sums null, where they are not wanted.
+template <typename T>
+Backward<T> backward_of(const GradOperands& o, const GradSpec& s, const Tensor& dy, const Tensor& x,
+                        const OptionalTensor& residual, double count, const Tensor& dx, const Tensor& dresidual,
+                        double* sums) {
+  const int64_t channels = x.size(1);
+  const bool activated = !s.activation.empty(), maps = dx.defined();
+  const double* const mean = o.stats.const_data_ptr<double>();
+  return {geometry_of(x),
+          dy.const_data_ptr<T>(),
+          x.const_data_ptr<T>(),
+          read<T>(residual),
+          maps ? dx.mutable_data_ptr<T>() : nullptr,
+          dresidual.defined() ? dresidual.mutable_data_ptr<T>() : nullptr,
+          s.training,
+          s.domain.centred,
+          count,
+          activation_named(s.activation).make(),
+          mean,
+          mean + channels,
+          maps || activated ? read_channels(o.weight, channels, 1) : Channels(),
+          activated ? read_channels(o.bias, channels, 0) : Channels(),
+          sums,
+          sums + channels};
+}
+
+Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& total) {
+  check_backward(o, s);
+  if (total) check_sums(o.x, *total, 1, "count");
+  const Tensor x = dense(o.x);
+  const int64_t channels = x.size(1);
+  const auto options = x.options().dtype(at::kDouble);
+  if (x.numel() == 0) return at::zeros({2 * channels}, options);
+  const Tensor dy = like_layout(o.dy, x);
+  const OptionalTensor residual = like_layout(o.residual, x);
+  Tensor sums = at::empty({2 * channels}, options);
+  const double count = total ? *total->const_data_ptr<double>() : std::numeric_limits<double>::infinity();
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    backward_of<scalar_t>(o, s, dy, x, residual, count, {}, {}, sums.mutable_data_ptr<double>()).reduce();
+  });
+  return sums;
+}
+
+InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
+  check_backward(o, s);
+  const int64_t channels = o.x.size(1);
+  check_sums(o.x, grad_sums, 2 * channels, "grad_sums");
+  check_sums(o.x, count, 1, "count");
+  const Tensor x = dense(o.x);
+  const Tensor dy = like_layout(o.dy, x);
+  const OptionalTensor residual = like_layout(o.residual, x);
+  Tensor dx = empty_output_like(x), dresidual = residual ? empty_output_like(x) : Tensor();
+  const double* const sums = grad_sums.const_data_ptr<double>();
+  const double total = *count.const_data_ptr<double>();
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    backward_of<scalar_t>(o, s, dy, x, residual, total, dx, dresidual, nullptr).map_by(sums, sums + channels);
+  });
+  return {std::move(dx), std::move(dresidual)};
+}
+
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   register_backward<backward>(m);
   register_activated_backward<activated_backward>(m);
+  register_grad_halves<grad_moments, grad_apply>(m);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// The fused forward, tensors in and pointers out: the CPU side of training on one device, and of evaluation. Built once
-// per instruction set.
+// Forwards, tensors in and pointers out: the CPU side of training on one device, of evaluation, and of the halves of
+// training, whose sums SyncBatchNorm adds up over ranks. Built once per instruction set.
 #include "forward.h"
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -15,7 +17,9 @@
 #include "../checks.h"
 #include "../dtype.h"
 #include "../layout.h"
+#include "../sums.h"
 #include "elementwise.h"
+#include "passes.h"
 #include "per_channel.h"
 
 namespace batchnorm_ext::cpu {
@@ -27,7 +31,7 @@ Normalized forward(const Operands& o, const Spec& s) {
   check_forward(o, s);
   check_memory(o, s);
   const Tensor x = dense(o.x, s.domain);
-  const OptionalTensor residual = o.residual ? OptionalTensor(like_layout(*o.residual, x)) : std::nullopt;
+  const OptionalTensor residual = like_layout(o.residual, x);
   const Geometry geometry = arranged(x, s.domain);
   const Activation activation = activation_named(s.activation).make();
   Tensor y = empty_output_like(x);
@@ -39,7 +43,7 @@ Normalized forward(const Operands& o, const Spec& s) {
     return {std::move(y), std::move(stats)};
   }
   const int64_t parameters = x.size(s.domain.parameter_dim);
-  const auto read = [&](int64_t batch) {
+  const auto parameters_of = [&](int64_t batch) {
     return std::pair(read_channels(o.weight, parameters, 1, batch), read_channels(o.bias, parameters, 0, batch));
   };
   with_dtype(x.scalar_type(), [&](auto like) {
@@ -47,13 +51,13 @@ Normalized forward(const Operands& o, const Spec& s) {
     const scalar_t* const in = x.const_data_ptr<scalar_t>();
     scalar_t* const out = y.mutable_data_ptr<scalar_t>();
     if (has_parameters_within(geometry, s.domain)) {
-      const auto [weight, bias] = read(1);
+      const auto [weight, bias] = parameters_of(1);
       ElementwiseForward<scalar_t>(geometry, parameters, weight.get(), bias.get())
           .run(in, out, s.domain.centred, s.eps, mean, invstd);
       return;
     }
-    auto [weight, bias] = read(geometry.batch);
-    const scalar_t* const added = residual ? residual->const_data_ptr<scalar_t>() : nullptr;
+    auto [weight, bias] = parameters_of(geometry.batch);
+    const scalar_t* const added = read<scalar_t>(residual);
     Forward<scalar_t> run{geometry,         in,         added, out,    s.eps,
                           s.domain.centred, activation, mean,  invstd, std::move(weight),
                           std::move(bias)};
@@ -67,7 +71,7 @@ Normalized forward(const Operands& o, const Spec& s) {
 Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
   check_map(o, given, s);
   const Tensor x = dense(o.x, s.domain);
-  const OptionalTensor residual = o.residual ? OptionalTensor(like_layout(*o.residual, x)) : std::nullopt;
+  const OptionalTensor residual = like_layout(o.residual, x);
   const Geometry geometry = arranged(x, s.domain);
   Tensor y = empty_output_like(x), stats = given.clone();
   double* const mean = stats.mutable_data_ptr<double>();
@@ -75,7 +79,7 @@ Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
     using scalar_t = decltype(like);
     Forward<scalar_t> run{geometry,
                           x.const_data_ptr<scalar_t>(),
-                          residual ? residual->const_data_ptr<scalar_t>() : nullptr,
+                          read<scalar_t>(residual),
                           y.mutable_data_ptr<scalar_t>(),
                           0,
                           true,
@@ -89,9 +93,74 @@ Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
   return y;
 }
 
+Tensor moments(const Tensor& input) {
+  check_input(input);
+  const Tensor x = dense(input);
+  const int64_t channels = x.size(1);
+  const auto options = x.options().dtype(at::kDouble);
+  if (x.numel() == 0) return at::zeros({sums_size(channels)}, options);
+  Tensor sums = at::empty({sums_size(channels)}, options);
+  const Geometry geometry = geometry_of(x);
+  const double count = static_cast<double>(geometry.count());
+  double* const out = sums.mutable_data_ptr<double>();
+  write_count(out, channels, count);
+  const auto finish = [&](int64_t first, int64_t width, const double* mean, const double* m2) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < width; ++i) write_sums(out, channels, first + i, count, mean[i], m2[i]);
+  };
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    with_pattern<scalar_t>(
+        geometry, [&](const auto& pattern) { reduce_moments(pattern, x.const_data_ptr<scalar_t>(), finish, kNoMap); });
+  });
+  return sums;
+}
+
+Normalized apply(const Operands& o, const Spec& s) {
+  check_operands(o, s);
+  check_memory(o, s);
+  const int64_t channels = o.x.size(1);
+  check_sums(o.x, *o.sums, sums_size(channels), "sums");
+  const Tensor x = dense(o.x);
+  const OptionalTensor residual = like_layout(o.residual, x);
+  Tensor y = empty_output_like(x);
+  Tensor stats = at::empty({2, channels}, x.options().dtype(at::kDouble));
+  double* const mean = stats.mutable_data_ptr<double>();
+  double* const invstd = mean + channels;
+  const double* const in = o.sums->const_data_ptr<double>();
+  const double count = read_count(in, channels);
+  const Channels var(new double[channels]);
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    const Moments moments = read_sums(in, channels, c);
+    mean[c] = moments.mean;
+    var[c] = moments.m2_over(count);
+    invstd[c] = 1 / std::sqrt(var[c] + s.eps);
+  }
+  with_dtype(x.scalar_type(), [&](auto like) {
+    using scalar_t = decltype(like);
+    Forward<scalar_t> run{geometry_of(x),
+                          x.const_data_ptr<scalar_t>(),
+                          read<scalar_t>(residual),
+                          y.mutable_data_ptr<scalar_t>(),
+                          s.eps,
+                          s.domain.centred,
+                          activation_named(s.activation).make(),
+                          mean,
+                          invstd,
+                          read_channels(o.weight, channels, 1),
+                          read_channels(o.bias, channels, 0)};
+    run.map_all_cells(count);
+  });
+  if (count > 0) track(o, s, geometry_of(x), count, mean, var.get());
+  return {std::move(y), std::move(stats)};
+}
+
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   register_forward<forward>(m);
   register_map<map>(m);
+  m.impl("moments", moments);
+  register_apply<apply>(m);
 }
 
 }  // namespace

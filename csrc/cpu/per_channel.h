@@ -62,4 +62,10 @@ inline void track(const Operands& o, const Spec& s, const Geometry& g, double co
   if (count > 1) move(*o.running_var, var, count / (count - 1));
 }
 
+// The data of what may be absent.
+template <typename T>
+const T* read(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
 }  // namespace batchnorm_ext::cpu

@@ -99,8 +99,7 @@ struct After {
   Activation activation;
 
   After(const OptionalTensor& added, std::string_view name, const Tensor& x)
-      : residual(added ? OptionalTensor(like_layout(*added, x)) : std::nullopt),
-        activation(activation_named(name).make()) {}
+      : residual(like_layout(added, x)), activation(activation_named(name).make()) {}
 
   bool is_nothing() const { return !residual && activation.curve == Curve::kNone; }
   bool is_aligned() const { return !residual || aligned(*residual); }

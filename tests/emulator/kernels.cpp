@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "after.h"
 #include "checks.h"
 #include "cuda/planner.h"
 #include "emulate.h"
@@ -30,7 +31,7 @@ template <typename T>
 class Test : Problem<T> {
   using A = Acc<T>;
   using Problem<T>::settings_, Problem<T>::g_, Problem<T>::n_, Problem<T>::aligned_, Problem<T>::eps_;
-  using Problem<T>::x_, Problem<T>::dy_, Problem<T>::weight_, Problem<T>::bias_;
+  using Problem<T>::x_, Problem<T>::dy_, Problem<T>::residual_, Problem<T>::weight_, Problem<T>::bias_;
   using Problem<T>::running_mean_, Problem<T>::running_var_, Problem<T>::cell_of, Problem<T>::sums;
   using Problem<T>::of_batch, Problem<T>::of_running, Problem<T>::of_sums, Problem<T>::larger_sums, Problem<T>::total;
   using Problem<T>::lost, Problem<T>::walk_, Problem<T>::kUnit, Problem<T>::kMergeUnit, Problem<T>::kExactUnit;
@@ -50,7 +51,24 @@ class Test : Problem<T> {
   }
 
  private:
-  void launch(const auto& op, bool reduces, bool maps, int turn) {
+  After<T> after() const { return After<T>(settings_, residual_.data()); }
+  bool is_activated() const { return after().exists(); }
+
+  void launch(const Forward<T>& op, bool reduces, bool maps, int turn) {
+    if constexpr (!std::is_same_v<T, double>)
+      if (is_activated())
+        return launch_op(ActivatedForward<T>{op, after().residual, after().activation()}, reduces, maps, turn);
+    launch_op(op, reduces, maps, turn);
+  }
+  void launch(const Backward<T>& op, T* dresidual, bool reduces, bool maps, int turn) {
+    if constexpr (!std::is_same_v<T, double>)
+      if (is_activated())
+        return launch_op(ActivatedBackward<T>{op, after().residual, dresidual, bias_.view(), after().activation()},
+                         reduces, maps, turn);
+    launch_op(op, reduces, maps, turn);
+  }
+
+  void launch_op(const auto& op, bool reduces, bool maps, int turn) {
     using Op = std::remove_cvref_t<decltype(op)>;
     // Of an empty tensor one that has its channels, as the launches of the library have it.
     const Geometry g = n_ > 0 ? g_ : Geometry{1, g_.channels, 1, g_.batch};
@@ -159,8 +177,10 @@ class Test : Problem<T> {
                     scaled = weight * xhat, bias = scales ? 0 : bias_.get(channel_of(g_, c));
         const Exact error = std::fabs(weight) * s.mean_error + std::fabs(scaled) * s.invstd_error() +
                             lost(widen(x_[i]), s.mean, weight / s.std);
-        const Exact terms = std::fabs(scaled) + std::fabs(bias) + error;
-        check_rounded<T>("y", i, widen(y[i]), scaled + bias, error + 4 * kUnit * terms);
+        const Exact z = scaled + bias + after().added(i),
+                    terms = std::fabs(scaled) + std::fabs(bias + after().added(i)) + error;
+        // the slope of silu is at most 1.1, and exp and a division round as well
+        check_rounded<T>("y", i, widen(y[i]), after().value(z), (is_activated() ? 2 : 1) * (error + 4 * kUnit * terms));
       }
     }
   }
@@ -179,7 +199,7 @@ class Test : Problem<T> {
     const bool maps = op != "sums_backward" && op != "grad_moments", reduces = op != "grad_apply";
     const PerChannel<T> dweight(channels, weight_.is_float()), dbias(channels, weight_.is_float());
     const Buffer<double> stats(2 * channels), sums_out(2 * channels), sums_in(2 * channels), count(1);
-    const Buffer<T> dx(g_.numel(), aligned_);
+    const Buffer<T> dx(g_.numel(), aligned_), dresidual(g_.numel(), aligned_);
     const std::vector<Statistics> all = training ? of_batch() : of_running();
     for (int64_t c = 0; c < channels; ++c) {
       stats[c] = static_cast<double>(all[c].mean);
@@ -188,11 +208,20 @@ class Test : Problem<T> {
     const auto xhat = [&](int64_t i) -> Exact {
       return (widen(x_[i]) - Exact(stats[cell_of(i)])) * stats[channels + cell_of(i)];
     };
-    const auto dy = [&](int64_t i) -> Exact { return widen(dy_[i]); };
+    const auto z = [&](int64_t i) -> Exact {
+      const int64_t channel = channel_of(g_, cell_of(i));
+      return weight_.get(channel) * xhat(i) + bias_.get(channel);
+    };
+    const auto dy = [&](int64_t i) -> Exact { return after().grad(widen(dy_[i]), z(i), i); };
+    // How large it is, with what rounding z may add to it.
+    const auto size = [&](int64_t i) -> Exact {
+      return is_activated() ? std::fabs(widen(dy_[i])) * (1 + 8 * (1 + std::fabs(z(i)) + std::fabs(after().added(i))))
+                            : std::fabs(dy(i));
+    };
     std::vector<Exact> sum = sums(dy), dot = sums([&](int64_t i) { return dy(i) * xhat(i); });
     // How large the terms are: what rounding is relative to.
-    std::vector<Exact> sum_terms = sums([&](int64_t i) { return std::fabs(dy(i)); }),
-                       dot_terms = sums([&](int64_t i) { return std::fabs(dy(i)) * (1 + std::fabs(xhat(i))); });
+    std::vector<Exact> sum_terms = sums(size),
+                       dot_terms = sums([&](int64_t i) { return size(i) * (1 + std::fabs(xhat(i))); });
     Backward<T> call{.dy = dy_.data(),
                      .x = x_.data(),
                      .dx = maps ? dx.data() : nullptr,
@@ -217,9 +246,9 @@ class Test : Problem<T> {
       }
     }
     for (int turn = 0; turn < 2; ++turn) {
-      dx.clear(), dweight.clear(), dbias.clear(), sums_out.clear();
-      launch(call, reduces, maps, turn);
-      check_repeats(turn, dx, dweight, dbias, sums_out);
+      dx.clear(), dresidual.clear(), dweight.clear(), dbias.clear(), sums_out.clear();
+      launch(call, maps ? dresidual.data() : nullptr, reduces, maps, turn);
+      check_repeats(turn, dx, dresidual, dweight, dbias, sums_out);
       const Exact rounding = walk_ * kUnit, n = op == "grad_apply" ? count[0] : n_;
       for (int64_t c = 0; c < channels; ++c) {
         if (op == "grad_moments") {
@@ -235,11 +264,12 @@ class Test : Problem<T> {
         const Exact scale = weight_.get(channel_of(g_, c)) * stats[channels + c];
         const Exact average = training ? (sum[c] + xhat(i) * dot[c]) / n : 0;
         const Exact terms = training ? (sum_terms[c] + std::fabs(xhat(i)) * dot_terms[c]) / n : 0;
-        const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = std::fabs(dy(i)) + terms;
-        check_rounded<T>("dx", i, widen(dx[i]), scale * (dy(i) - average),
-                         scale * (4 * kUnit * std::fabs(dy(i)) + rounding * terms +
-                                  (training ? lost(widen(x_[i]), all[c].mean, slope) : 0)) +
-                             std::numeric_limits<A>::denorm_min() * bracket / 2);
+        const Exact slope = training ? dot[c] * stats[channels + c] / n : 0, bracket = size(i) + terms;
+        if (is_activated()) check_rounded<T>("dresidual", i, widen(dresidual[i]), dy(i), 4 * kUnit * size(i));
+        check_rounded<T>(
+            "dx", i, widen(dx[i]), scale * (dy(i) - average),
+            scale * (4 * kUnit * size(i) + rounding * terms + (training ? lost(widen(x_[i]), all[c].mean, slope) : 0)) +
+                std::numeric_limits<A>::denorm_min() * bracket / 2);
       }
     }
   }

@@ -62,7 +62,8 @@ class Problem {
         weight_(parameters(0.5, 1.5)),
         bias_(parameters(-1, 1)),
         running_mean_(parameters(-1, 1)),
-        running_var_(parameters(0.5, 2)) {}
+        running_var_(parameters(0.5, 2)),
+        residual_(values("normal")) {}
 
  protected:
   using A = Acc<T>;
@@ -208,6 +209,7 @@ class Problem {
   std::mt19937 random_;
   Buffer<T> x_, dy_;
   PerChannel<T> weight_, bias_, running_mean_, running_var_;
+  Buffer<T> residual_;
 };
 
 }  // namespace batchnorm_ext::cuda

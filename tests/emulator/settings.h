@@ -42,6 +42,8 @@ class Settings {
       {"per_stat", "1"},       // channels of a statistic, where cells are combined
       {"data", "normal"},      // shifted outlier constant huge tiny loud limit spike nan inf
       {"gradient", "normal"},  // loud
+      {"activation", ""},      // silu, leaky_relu; empty: the kernels that know of none
+      {"residual", "0"},       // 1: added before it
       {"data_seed", "1"},      // of all numbers
       {"aligned", "1"},        // 0: tensors start off the alignment of packs
       {"parameters", "f32"},   // same: of the type of the input

@@ -75,8 +75,15 @@ SHAPES = [  # [outer, stats, inner] and samples, for blocks of 64 threads
 ]
 EMPTY = [(0, 3, 4), (4, 3, 0)]  # the channels of which there are all the same
 DATA = ["normal", "shifted", "outlier", "constant", "huge", "tiny", "nan", "inf"]
+# What the kernels with an activation are tested on, and the activations, with a residual or not.
+NEAR = ["normal", "shifted", "outlier", "constant"]
+AFTER = [("silu", 0), ("silu", 1), ("leaky_relu", 1)]
 # Up to the largest number there is; gradients too, where nothing multiplies them.
 LARGE = ["loud", "limit", "spike"]
+ACTIVATED = [
+    *("forward", "eval", "apply"),
+    *("backward", "eval_backward", "sums_backward", "grad_moments", "grad_apply"),
+]
 LOUD = ["backward", "sums_backward", "grad_moments"]
 
 
@@ -88,6 +95,7 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
     data = DATA if dtype == "f16" else DATA + LARGE
     if dtype == "f64" and op in ("moments", "apply", "grad_apply"):
         data = [kind for kind in DATA if kind != "huge"]
+    draw_after = random.Random(f"after {op} {policy} {dtype}").choice
     settings = [
         {
             "op": op,
@@ -114,6 +122,10 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
         for outer, stats, inner, *batch in SHAPES + (EMPTY if op in ("apply", "eval") else [])
         for plan in PLANS[policy]
     ]
+    if dtype != "f64" and op in ACTIVATED:
+        for s in settings:
+            if s["data"] in NEAR and draw_after([True, False]):
+                s["activation"], s["residual"] = draw_after(AFTER)
     return [[f"{key}={value}" for key, value in s.items()] for s in settings]
 
 
@@ -121,6 +133,9 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
 NET = [
     f"dtype=bf16 {settings}"
     for settings in [
+        "op=backward outer=10 stats=16 inner=9 sms=1 plan=policy=grid,ranks=3,width=8 "
+        "activation=silu residual=1",
+        "op=backward outer=5 stats=4 inner=1000 plan=policy=block activation=silu",
         "op=forward outer=10 stats=16 inner=9 sms=1 plan=policy=grid,ranks=3,width=8",
         "op=forward outer=100 stats=40 inner=1 plan=policy=split,ranks=3,width=16 momentum=none",
         "op=forward outer=5 stats=4 inner=1000 sms=1 plan=policy=grid,ranks=3,relay=1",
