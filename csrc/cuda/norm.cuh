@@ -183,9 +183,13 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
   for (int group = team; group < s.groups; group += s.teams, half ^= 1) {
     const Chunk chunk(s, group, rank);
     if constexpr (Op::kKnown > 0) {
-      if constexpr (kPhase == Phase::kFused) __syncthreads();  // those of the group before have been read
+      if constexpr (kPhase == Phase::kFused) {
+        __syncthreads();  // those of the group before have been read
+      }
       fill_known(s, op, chunk);
-      if constexpr (kPhase != Phase::kMap) __syncthreads();
+      if constexpr (kPhase != Phase::kMap) {
+        __syncthreads();
+      }
     }
     if constexpr (kPhase != Phase::kMap) {
       const int thread = threadIdx.x;
