@@ -94,19 +94,38 @@ struct ActivatedForward : Forward<T> {
   ActivatedForward mapping(double* between) const { return {Forward<T>::mapping(between), residual, activation}; }
 };
 
+// sum(g) and sum(g * d) of each lane, in the names of GradLanes, for differences d that it need not take itself.
+template <typename A, int kLanes>
+struct ActivatedGradLanes {
+  static constexpr int kCount = kLanes;
+  A s1[kLanes], s2[kLanes];
+
+  __device__ __forceinline__ void add(int lane, A g, A d) {
+    s1[lane] += g;
+    s2[lane] = fused(g, d, s2[lane]);
+  }
+  __device__ __forceinline__ void recentre(int) {}
+  __device__ __forceinline__ Pair<A> about(int lane, int, A) const { return {s1[lane], s2[lane]}; }
+  __device__ static __forceinline__ double2 about_origin(Pair<A> pair, double, double, double) {
+    return {pair.a, pair.b};
+  }
+};
+
 // The backward of it, with g = activation'(z) * dy in place of dy.
 template <typename T>
 struct ActivatedBackward : Backward<T> {
   using A = Acc<T>;
-  static constexpr int kInputs = 3, kKnown = 3, kMostHeld = 8;
+  static constexpr int kInputs = 3, kKnown = 4, kMostHeld = 9;
   static constexpr bool kSumsRest = true;
+  template <int kLanes>
+  using Lanes = ActivatedGradLanes<A, kLanes>;
 
   const T* residual;  // none: nothing was added; of a piecewise linear activation, the output (ops.cpp)
   T* dresidual;       // g; none: not wanted
   Channels<T> bias;
   PackActivation<T> activation;
 
-  // The coefficients of z, with the bits that they have in the forward.
+  // The coefficients of z, with the bits that they have in the forward, and what the sums are about.
   __device__ __forceinline__ void known_before(int64_t c, A (&z)[kKnown]) const {
     const double all = this->total_count != nullptr ? *this->total_count : static_cast<double>(this->geometry.count());
     const double n = this->training ? all : INFINITY;
@@ -116,6 +135,7 @@ struct ActivatedBackward : Backward<T> {
     z[0] = affine.centre;
     z[1] = affine.scale;
     z[2] = affine.shift;
+    z[3] = static_cast<A>(this->origin(c));
   }
 
   template <typename Packs>
@@ -144,16 +164,21 @@ struct ActivatedBackward : Backward<T> {
     activation.multiply_by_derivatives(g, z);
   }
 
-  // Half a pack at a time: there are no registers for more.
+  __device__ __forceinline__ void start(auto&, const auto&, const auto&, int) const {}
+
+  // A quarter of a pack at a time: there are no registers for more.
   template <typename Lanes, typename Packs, typename Coefficients>
   __device__ __forceinline__ void add(Lanes& lanes, const Packs& packs, const Coefficients& c) const {
-    constexpr int kHalf = (Packs::kWidth + 1) / 2;
+    constexpr int kPart = (Packs::kWidth + 3) / 4;
 #pragma unroll
-    for (int begin = 0; begin < Packs::kWidth; begin += kHalf) {
-      A g[kHalf];
+    for (int begin = 0; begin < Packs::kWidth; begin += kPart) {
+      A g[kPart];
       differentiate<0>(packs, c, begin, g);
 #pragma unroll
-      for (int j = 0; j < kHalf; ++j) lanes.add((begin + j) % Lanes::kCount, g[j], packs.in[1].get(begin + j));
+      for (int j = 0; j < kPart; ++j) {
+        const int i = begin + j;
+        lanes.add(i % Lanes::kCount, g[j], packs.in[1].get(i) - c(3, i));
+      }
     }
   }
 

@@ -65,7 +65,6 @@ struct MomentLanes {
 // sum(dy) and sum(dy * (x - mean)) of each lane, in the names above.
 template <typename A, int kLanes>
 struct GradLanes {
-  static constexpr int kCount = kLanes;
   A k[kLanes], s1[kLanes], s2[kLanes];
 
   __device__ __forceinline__ void start(int lane, A mean) {
