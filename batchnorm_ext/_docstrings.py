@@ -139,7 +139,8 @@ _RECOMPUTE = """
     recompute: whether the next layer keeps a way to compute the output again for its backward, and
         not the output, as in :func:`batchnorm_ext.recompute_activations`. The output is then of a
         subclass of Tensor, whose results are plain ones; it takes effect where a function of torch
-        is called with it, or with a view of it. Default: False."""
+        is called with it, or with a view of it. Outputs of SyncBatchNorm over several ranks are
+        kept. Default: False."""
 
 
 def _activated(details: str) -> str:

@@ -27,8 +27,9 @@ def recompute_activations(share: float = 0.6) -> Iterator[None]:
     It holds for the calling thread, and for norms by the kernels of this library, with a gradient:
     ``BatchNorm*``, ``InstanceNorm*`` and ``GroupNorm`` (with more than one element per sample and
     channel), with or without a residual and an activation, as layers, functions, or of a model that
-    ``fuse`` has rewritten. All else is kept as without the context, as are outputs that have been
-    written to, and every third output in a chain of residuals.
+    ``fuse`` has rewritten. All else is kept as without the context: outputs of ``LayerNorm``,
+    ``RMSNorm`` and of ``SyncBatchNorm`` over several ranks, outputs that have been written to, and
+    every third output in a chain of residuals.
 
     Of two contexts of saved tensors the inner one counts: within an activation checkpoint or
     ``save_on_cpu`` this one does nothing. Compiled code, which decides by itself what it computes
@@ -90,7 +91,7 @@ class RecomputedTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), options=None):
-        with torch._C.DisableTorchFunctionSubclass(), recompute_activations():
+        with torch._C.DisableTorchFunctionSubclass(), recompute_activations(share=1):
             result = function(*arguments, **(options or {}))
         # a view shares what is not to be kept, with its readers
         return _marked(result) if isinstance(result, Tensor) and result._is_view() else result

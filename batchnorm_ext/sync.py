@@ -149,6 +149,8 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         if reason := _ops.refusal(_SYNC_BATCH_NORM, (input, mean, var, weight, bias, residual)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
+        if not torch.compiler.is_compiling() and _ops.recomputes():
+            _ops.log_kept_once("on outputs of SyncBatchNorm over several ranks")
         debug = _DEBUG and not torch.compiler.is_compiling()
         if debug:
             self._compare_ranks("forward", group, input)

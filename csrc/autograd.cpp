@@ -58,8 +58,8 @@ ActivatedGradients gradients_by_kernels(const Tensor& dy, const Saved& saved, co
   if (mask[2]) dbias.copy_(local[0]);
   if (mask[0])
     std::tie(dx, dresidual) = call_grad_apply(operands, spec, wait(pending), saved.count);
-  else if (saved.residual)  // it takes no part in the statistics, as nothing does in evaluation
-    dresidual = std::get<3>(call_backward(operands, {false, {}, {}, {}, spec.activation}));
+  else if (saved.residual)  // it takes no part in the statistics
+    dresidual = std::get<3>(call_backward(operands, {saved.training, {}, {}, {}, spec.activation}));
   return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
 }
 
@@ -195,9 +195,9 @@ struct Norm {
   }
 };
 
-// What autograd refuses to save, before anything is written.
+// What autograd refuses to save, before anything is written. A recipe has the bias too.
 void check_saved(const Operands& o, const Spec& s) {
-  const OptionalTensor& bias = s.activation.empty() ? kNone : o.bias;
+  const OptionalTensor& bias = s.activation.empty() && !is_recomputing() ? kNone : o.bias;
   refusing([&] {
     for (const OptionalTensor& saved : {OptionalTensor(o.x), o.weight, bias, o.residual})
       TORCH_CHECK_NOT_IMPLEMENTED(!saved || !saved->is_inference(), "Inference tensors cannot be saved for backward");
@@ -237,15 +237,11 @@ Normalized normalize(const Operands& o, const Spec& s, const Ranks& ranks) {
 
 Normalized normalize_alone(const Operands& o, const Spec& s) { return normalize(o, s, {}); }
 
-ActivatedGradients activated_backward_alone(const GradOperands& o, const GradSpec& s) {
+ActivatedGradients backward_alone(const GradOperands& o, const GradSpec& s) {
+  check_backward(o, s);
   const Saved saved{o.x,      o.weight,   o.bias,       o.residual, o.stats,
                     Tensor(), s.training, s.bias_dtype, s.domain,   std::string(s.activation)};
   return gradients(o.dy, saved, {}, s.mask);
-}
-
-Gradients backward_alone(const GradOperands& o, const GradSpec& s) {
-  auto [dx, dweight, dbias, none] = activated_backward_alone(o, s);
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 Normalized sync_batch_norm(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -275,7 +271,6 @@ Normalized layer_norm(const Tensor& x, at::IntArrayRef normalized_shape, const O
 TORCH_LIBRARY_IMPL(batchnorm_ext, Autograd, m) {
   register_forward<normalize_alone>(m);
   register_backward<backward_alone>(m);
-  register_activated_backward<activated_backward_alone>(m);
 }
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CompositeImplicitAutograd, m) {

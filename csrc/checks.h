@@ -96,14 +96,17 @@ inline bool has_one_per_cell(const at::Tensor& x, const Domain& domain) {
   return domain.groups > 0 && holds(x.sym_numel().sym_eq(x.sym_size(0) * x.sym_size(1)));
 }
 
-// Raises ValueError for an unknown activation.
+// What may follow a norm. Raises ValueError for an unknown activation.
 inline void check_activation(const at::Tensor& x, const Domain& domain, std::string_view name, bool has_residual) {
-  if (name.empty()) return;
+  if (name.empty() && !has_residual) return;
   const Activation activation = activation_named(name).make();
   TORCH_CHECK_NOT_IMPLEMENTED(
       domain.parameter_dim == 1 && domain.centred && !has_one_per_cell(x, domain),
-      "batch_norm: expected no activation with centred=False, or where each element of a statistic has a "
-      "weight of its own");
+      "batch_norm: expected neither residual nor activation with centred=False, or where each element of a "
+      "statistic has a weight of its own");
+  // there are half as many CUDA kernels again for them: none for the rare float64
+  TORCH_CHECK_NOT_IMPLEMENTED(!x.is_cuda() || x.scalar_type() != at::kDouble,
+                              "batch_norm: expected neither residual nor activation for float64 on CUDA");
   // backward reads the output, which a negative slope makes positive on both sides of zero
   TORCH_CHECK_NOT_IMPLEMENTED(!(has_residual && activation.curve == Curve::kPiecewise && activation.slope < 0),
                               "batch_norm: expected no residual before an activation of negative slope");
@@ -208,10 +211,14 @@ inline void check_reads_not_written(const Operands& o) {
   });
 }
 
-// Where the tensors lie, as far as anything is written. Fake tensors lie nowhere.
+// Whether kernels run for it: fake tensors lie nowhere.
+inline bool is_real(const at::Tensor& x) {
+  return (x.is_cpu() || x.is_cuda()) && !x.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+// Where the tensors lie, as far as anything is written.
 inline void check_memory(const Operands& o, const Spec& s) {
-  const bool is_real = (o.x.is_cpu() || o.x.is_cuda()) && !o.x.unsafeGetTensorImpl()->is_python_dispatch();
-  if (!s.update || !is_real) return;
+  if (!s.update || !is_real(o.x)) return;
   check_written_once(o);
   if (o.x.is_cuda()) check_reads_not_written(o);
 }
@@ -262,6 +269,8 @@ inline void check_backward(const GradOperands& o, const GradSpec& s) {
               "batch_norm_backward: expected dy like x, ", x.scalar_type(), x.sym_sizes(), " on ", x.device(), ", got ",
               dy.scalar_type(), dy.sym_sizes(), " on ", dy.device());
   check_residual(x, residual);
+  TORCH_CHECK(!residual || !s.activation.empty(),
+              "batch_norm_backward: expected no residual without an activation, where its gradient is dy");
   check_stats(x, stats, s.domain, "batch_norm_backward");
 }
 

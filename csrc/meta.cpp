@@ -48,16 +48,11 @@ Normalized apply(const Operands& o, const Spec& s) {
   return normalized(o.x);
 }
 
-ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+ActivatedGradients backward(const GradOperands& o, const GradSpec& s) {
   require([&] { check_backward(o, s); });
   auto [dweight, dbias] = empty_parameter_gradients(o.x, o.weight, s.bias_dtype, s.mask, s.domain.parameter_dim);
   const auto like_x = [&](bool wanted) { return wanted ? at::empty_like(o.x) : Tensor(); };
   return {like_x(s.mask[0] || o.residual), std::move(dweight), std::move(dbias), like_x(o.residual.has_value())};
-}
-
-Gradients backward(const GradOperands& o, const GradSpec& s) {
-  auto [dx, dweight, dbias, none] = activated_backward(o, s);
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 Tensor moments(const Tensor& x) {
@@ -83,7 +78,6 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, Meta, m) {
   register_map<map>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
-  register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
   register_grad_halves<grad_moments, grad_apply>(m);
 }

@@ -103,18 +103,16 @@ struct GradSpec {
 };
 
 // Implements the backward without an activation, and the one with it.
-template <Gradients (*run)(const GradOperands&, const GradSpec&)>
+template <ActivatedGradients (*run)(const GradOperands&, const GradSpec&)>
 void register_backward(torch::Library& m) {
   m.impl("batch_norm_backward", [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight,
                                    const at::Tensor& stats, bool training, Mask mask,
                                    std::optional<at::ScalarType> bias_dtype, int64_t groups, bool centred,
                                    int64_t parameter_dim) {
-    return run({dy, x, weight, kNone, kNone, stats}, {training, mask, bias_dtype, {groups, centred, parameter_dim}});
+    auto [dx, dweight, dbias, none] =
+        run({dy, x, weight, kNone, kNone, stats}, {training, mask, bias_dtype, {groups, centred, parameter_dim}});
+    return Gradients(std::move(dx), std::move(dweight), std::move(dbias));
   });
-}
-
-template <ActivatedGradients (*run)(const GradOperands&, const GradSpec&)>
-void register_activated_backward(torch::Library& m) {
   m.impl("batch_norm_activated_backward",
          [](const at::Tensor& dy, const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
             const OptionalTensor& residual, const at::Tensor& stats, bool training, Mask mask,

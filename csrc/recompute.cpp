@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/as_strided.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
@@ -28,11 +29,6 @@ bool is_due(const Tensor& output) {
   if (share_now.due < bytes) return false;
   share_now.due -= bytes;
   return true;
-}
-
-bool is_recomputing() {
-  const auto& hooks = at::SavedTensorDefaultHooks::get_tls_state();
-  return !hooks.stack.empty() && !hooks.is_tracing && hooks.stack.top().first.ptr(getPyInterpreter()) == pack_hook;
 }
 
 // What is saved meanwhile is saved as where no hooks are in effect: with a look at its version.
@@ -63,13 +59,25 @@ OptionalTensor unpacked(const std::optional<Packed>& tensor) {
   return tensor ? OptionalTensor(tensor->unpack()) : std::nullopt;
 }
 
+// Whether sizes and strides alone make the view of its base.
+bool is_strided_view(const Tensor& view) {
+  return view.scalar_type() == view._base().scalar_type() && !view.is_conj() && !view.is_neg();
+}
+
+c10::Stream current_stream(const Tensor& tensor) {
+  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device());
+}
+
 int depth_of(const Packed& tensor) { return tensor.recipe() ? tensor.recipe()->depth() : 0; }
 
 }  // namespace
 
 Packed::Packed(const Tensor& tensor) {
   const bool is_view = tensor.is_view();
-  recipe_ = is_view ? recipe_of(tensor._base()) : recipe_of(tensor);
+  if (!is_view)
+    recipe_ = recipe_of(tensor);
+  else if (is_strided_view(tensor))
+    recipe_ = recipe_of(tensor._base());
   if (!recipe_) {
     const WithoutHooks guard;
     kept_.emplace(tensor.tensor_data(), /*is_output=*/false);
@@ -96,14 +104,19 @@ Recipe::Recipe(const Operands& o, const Tensor& stats, const Spec& s, std::optio
       depth_(1 + std::max(depth_of(x_), residual_ ? depth_of(*residual_) : 0)) {}
 
 Tensor Recipe::output() {
+  const c10::Stream stream = current_stream(stats_);
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (output_.defined()) return output_;
+  if (output_.defined() && stream_ == stream) return output_;
   const at::NoGradGuard no_grad;
   const at::AutoDispatchBelowADInplaceOrView guard;
   const OptionalTensor weight = unpacked(weight_), bias = unpacked(bias_), residual = unpacked(residual_);
-  output_ = call_map({x_.unpack(), weight, bias, kNone, kNone, kNone, kNone, residual}, stats_,
-                     {training_, 0, false, std::nullopt, domain_, activation_});
-  return output_;
+  Tensor output = call_map({x_.unpack(), weight, bias, kNone, kNone, kNone, kNone, residual}, stats_,
+                           {training_, 0, false, std::nullopt, domain_, activation_});
+  if (!output_.defined()) {
+    output_ = output;
+    stream_ = stream;
+  }
+  return output;
 }
 
 void Recipe::forget() {
@@ -111,12 +124,16 @@ void Recipe::forget() {
   output_.reset();
 }
 
+bool is_recomputing() {
+  const auto& hooks = at::SavedTensorDefaultHooks::get_tls_state();
+  return !hooks.stack.empty() && !hooks.is_tracing && hooks.stack.top().first.ptr(getPyInterpreter()) == pack_hook;
+}
+
 std::shared_ptr<Recipe> recipe_for(const Operands& o, const Tensor& stats, const Spec& s) {
   constexpr int kDeepest = 2;  // more would save little, and hold as many outputs at once in backward
   if (!is_recomputing()) return nullptr;
-  const bool is_real = (o.x.is_cpu() || o.x.is_cuda()) && !o.x.unsafeGetTensorImpl()->is_python_dispatch();
   const Domain& domain = s.domain;
-  if (!is_real || !domain.centred || domain.parameter_dim != 1 || has_one_per_cell(o.x, domain)) return nullptr;
+  if (!is_real(o.x) || !domain.centred || domain.parameter_dim != 1 || has_one_per_cell(o.x, domain)) return nullptr;
   std::optional<Packed> residual = packed(o.residual);
   // Without an activation neither the output nor the residual is saved by the norm itself.
   if (residual && s.activation.empty() && !residual->recipe()) return nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/Stream.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <cstdint>
@@ -43,7 +44,8 @@ class Recipe {
  public:
   Recipe(const Operands& o, const at::Tensor& stats, const Spec& s, std::optional<Packed> residual);
 
-  at::Tensor output();  // computed once, until forget()
+  // Computed once until forget(), and again for each reader on another stream.
+  at::Tensor output();
   void forget();
 
   // How many outputs are computed one after the other for this one.
@@ -60,6 +62,7 @@ class Recipe {
 
   std::mutex mutex_;
   at::Tensor output_;
+  std::optional<c10::Stream> stream_;  // that output_ was computed on
 };
 
 // A node whose output may have a recipe.
@@ -68,7 +71,10 @@ struct Recomputed {
   virtual ~Recomputed() = default;
 };
 
-// None where the hooks of recompute_activations are not the ones in effect, where no kernel maps again, and where more
+// Whether the hooks of recompute_activations are the ones in effect.
+bool is_recomputing();
+
+// None where they are not the ones in effect, where no kernel maps again, and where more
 // would be kept than without.
 std::shared_ptr<Recipe> recipe_for(const Operands& o, const at::Tensor& stats, const Spec& s);
 

@@ -286,6 +286,26 @@ def test_views_of_outputs():
     assert_same_steps(model, x.detach())
 
 
+def imaginary_part(y):
+    """Of the conjugate: a view with a lazy minus."""
+    return torch.view_as_complex(y).conj().imag
+
+
+@pytest.mark.parametrize("view", [torch.view_as_complex, imaginary_part])
+def test_views_that_are_not_of_strides_alone_are_kept(view):
+    layer, x = BatchNormAct2d(C, "silu"), torch.randn(4, C, 16, 2)
+
+    def found(context):
+        leaf = x.clone().requires_grad_()
+        with context():
+            z = view(layer(leaf * 1))
+            loss = (z * z.sin()).abs().sum()
+        return torch.autograd.grad(loss, [leaf, layer.weight])
+
+    for actual, expected in zip(found(everything), found(nullcontext), strict=True):
+        assert_bitwise("gradient", actual, expected)
+
+
 def test_graphs_are_freed():
     """What is held for an output leads nowhere back."""
     x = torch.randn(SIZE, requires_grad=True)
@@ -316,6 +336,42 @@ def test_an_output_is_computed_once():
             loss.backward(retain_graph=True)
         calls = {event.key: event.count for event in profile.key_averages()}
         assert calls["batchnorm_ext::batch_norm_map"] == 1
+
+
+@pytest.mark.only("cuda", reason="a CPU has no streams")
+def test_readers_on_other_streams_compute_it_for_themselves():
+    x = torch.randn(SIZE, device="cuda", requires_grad=True)
+    layer, side = BatchNormAct2d(C, "silu").cuda(), torch.cuda.Stream()
+
+    def found(context):
+        with context():
+            y = layer(x * 1)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                beside = y.sigmoid() * y
+            torch.cuda.current_stream().wait_stream(side)
+            loss = (y * y.sin() + beside).sum()
+        return torch.autograd.grad(loss, [x, layer.weight])
+
+    for actual, expected in zip(found(everything), found(nullcontext), strict=True):
+        assert_bitwise("gradient", actual, expected)
+
+
+def test_a_bias_that_autograd_cannot_save_changes_nothing():
+    """With a recipe it is saved, even where there is no activation."""
+    layer, x = BatchNorm2d(C), torch.randn(SIZE, requires_grad=True)
+    with torch.inference_mode():
+        bias = torch.ones(C)
+
+    def found(context):
+        state = torch.zeros(C), torch.ones(C)
+        with context():
+            y = batchnorm_ext.functional.batch_norm(x, *state, layer.weight, bias, training=True)
+            y = y * y.sin()
+        return [y, *torch.autograd.grad(y.sum(), [x, layer.weight]), *state]
+
+    for actual, expected in zip(found(everything), found(nullcontext), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # PyTorch's own norm
 
 
 def test_norms_without_a_gradient_keep_their_output():
@@ -597,6 +653,11 @@ def test_layers_that_recompute_after_each_other():
 
     for actual, expected in zip(run(True), run(False), strict=True):
         assert_bitwise("result", actual.as_subclass(torch.Tensor), expected)
+    layers = [BatchNormAct2d(C, "silu", recompute=True) for _ in range(3)]
+    y = torch.randn(SIZE, requires_grad=True)
+    for layer in layers:
+        y = layer(y * 1)
+        assert type(y) is batchnorm_ext._recompute.RecomputedTensor
 
 
 def test_compiled_layers_that_recompute(fresh_dynamo, caplog):

@@ -1,6 +1,7 @@
 """SyncBatchNormAct: norm, residual and activation on all ranks are those of one whole batch."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -181,6 +182,30 @@ def save_for_backward():
 
 def test_nothing_is_saved_that_a_network_would_not_keep(ranks):
     ranks(2).run(save_for_backward)
+
+
+def keep_outputs():
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("batchnorm_ext")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        p = make_problem((4, C, 5), "contiguous", torch.float32, True)
+        layers = [layer_of(p, "silu", recompute=recompute) for recompute in (True, False)]
+        y, expected = (layer(p.x, p.residual) for layer in layers)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    said = "recompute_activations has no effect on outputs of SyncBatchNorm over several ranks"
+    assert records == [said]
+    assert type(y) is torch.Tensor
+    assert_bitwise("y", y, expected)
+
+
+def test_recompute_says_that_it_keeps_the_output(ranks):
+    ranks(2).run(keep_outputs)
 
 
 def compile_in_one_graph():
