@@ -41,7 +41,7 @@ void answer_all() {
   Device device;
   std::puts("pattern,policy,pack,ranks,teams,blocks,width,relay,shared_bytes,loaded,stored,rule");
   while (std::cin >> request.geometry.outer >> request.geometry.channels >> request.geometry.inner >>
-         request.element_bytes >> request.inputs >> request.coefficients >> request.aligned >> request.reduces >>
+         request.element_bytes >> request.kept_inputs >> request.coefficients >> request.aligned >> request.reduces >>
          request.maps >> device.architecture >> device.sms >> device.shared_per_sm >> device.shared_per_block >>
          device.l2 >> device.cooperative) {
     const Plan plan = Planner(request, device, override).plan();
@@ -59,7 +59,7 @@ void answer_all() {
     std::printf("%s,%s,%d,%d,%d,%lld,%d,%d,%lld,%lld,%lld,%s\n", plan.pattern == Pattern::kRow ? "row" : "column",
                 name(plan.policy), plan.pack, s.ranks, s.teams, static_cast<long long>(plan.first.blocks()), s.width,
                 s.relay, static_cast<long long>(plan.first.shared_bytes),
-                static_cast<long long>(request.inputs * loaded * all_channels),
+                static_cast<long long>(request.kept_inputs * loaded * all_channels),
                 static_cast<long long>(stored * all_channels), plan.rule);
   }
 }

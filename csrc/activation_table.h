@@ -15,10 +15,10 @@
 #include <ATen/ops/tanh_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/jit/frontend/strtod.h>
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <string>
@@ -145,7 +145,7 @@ inline std::optional<std::array<double, 2>> parse_arguments(std::string_view tex
   std::array<double, 2> values = {};
   for (int i = 0; i < count; ++i) {
     char* end = nullptr;
-    values[i] = std::strtod(at, &end);
+    values[i] = torch::jit::strtod_c(at, &end);  // the same in every locale
     if (end == at || *end != (i + 1 < count ? ',' : ')')) return std::nullopt;
     at = end + 1;
   }

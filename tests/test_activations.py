@@ -95,6 +95,20 @@ def test_operators(activation, has_residual, device):
             torch.library.opcheck(ops.batch_norm_activated_backward, arguments, test_utils=tests)
 
 
+def test_operators_refuse_residuals_that_they_would_ignore(device):
+    p = make_problem((6, C), "contiguous", torch.float32, True, device)
+    stats = torch.stack([p.mean, p.var]).double()
+    options = (None, None, True, 1e-5)
+    with pytest.raises(NotImplementedError, match="neither residual nor activation"):
+        ops.batch_norm(p.x, p.weight, p.bias, *options, 2, True, 1, p.residual)
+    with pytest.raises(NotImplementedError, match="neither residual nor activation"):
+        rows = p.x[None], p.weight, p.bias
+        ops.batch_norm(*rows, *options, 6, True, 2, p.residual[None])
+    with pytest.raises(RuntimeError, match="expected no residual without an activation"):
+        arguments = (p.dy, p.x, p.weight, p.bias, p.residual, stats, True, [True] * 3, None, 0, "")
+        ops.batch_norm_activated_backward(*arguments)
+
+
 def test_operators_in_half_precision(device):
     p = make_problem((2, C, 5, 3), "channels_last", torch.bfloat16, True, device)
     state = (p.mean, p.var, torch.tensor(3, device=device), 0.1, 1e-5, 0)

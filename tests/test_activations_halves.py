@@ -180,6 +180,8 @@ def test_errors():
         ops.grad_moments(p.dy, p.x, stats, residual=p.residual[1:], activation="relu")
     with pytest.raises(RuntimeError, match="expected count to be 1 contiguous float64"):
         ops.grad_moments(p.dy, p.x, stats, count=sums[-2:], activation="relu")
+    with pytest.raises(RuntimeError, match="expected no residual without an activation"):
+        ops.activated_grad_apply(p.dy, *affine, p.residual, stats, sums[: 2 * C], sums[-1:], "")
     arguments = (p.dy, *affine, None, stats, sums[: 2 * C], sums[-1:])
     with pytest.raises(ValueError, match="expected activation to be one of relu"):
         ops.activated_grad_apply(*arguments, "relu(1)")

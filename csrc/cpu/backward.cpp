@@ -24,7 +24,7 @@ namespace {
 
 using at::Tensor;
 
-ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+ActivatedGradients backward(const GradOperands& o, const GradSpec& s) {
   check_backward(o, s);
   const Tensor x = dense(o.x, s.domain);
   const Geometry geometry = arranged(x, s.domain);
@@ -61,24 +61,25 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     cell_mean.set(0, geometry.cells());
     cell_invstd.set(0, geometry.cells());
     const Channels dbiases(new double[geometry.cells()]), dweights(new double[geometry.cells()]);
-    Backward<scalar_t> run{geometry,
-                           dy_in,
-                           x_in,
-                           read<scalar_t>(residual),
-                           write(dx),
-                           write(dresidual),
-                           s.training,
-                           s.domain.centred,
-                           static_cast<double>(geometry.count()),
-                           activation_named(s.activation).make(),
-                           cell_mean.get(),
-                           cell_invstd.get(),
-                           read_channels(o.weight, parameters, 1, geometry.batch),
-                           s.activation.empty() ? Channels() : read_channels(o.bias, parameters, 0, geometry.batch),
-                           dbiases.get(),
-                           dweights.get()};
+    Backward<scalar_t> run{
+        .geometry = geometry,
+        .dy = dy_in,
+        .x = x_in,
+        .residual = read<scalar_t>(residual),
+        .dx = write(dx),
+        .dresidual = write(dresidual),
+        .training = s.training,
+        .centred = s.domain.centred,
+        .count = static_cast<double>(geometry.count()),
+        .activation = activation_named(s.activation).make(),
+        .mean = cell_mean.get(),
+        .invstd = cell_invstd.get(),
+        .weight = read_channels(o.weight, parameters, 1, geometry.batch),
+        .bias = s.activation.empty() ? Channels() : read_channels(o.bias, parameters, 0, geometry.batch),
+        .dbias = dbiases.get(),
+        .dweight = dweights.get()};
     if (!want_dweight && !want_dbias && !(want_dx && s.training)) {
-      if (maps) run.map_in_evaluation();
+      if (maps) run.map_without_sums();
       return;
     }
     run.reduce_and_map();
@@ -86,11 +87,6 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
     leave(dweights.get(), dbiases.get());
   });
   return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
-}
-
-Gradients backward(const GradOperands& o, const GradSpec& s) {
-  auto [dx, dweight, dbias, none] = activated_backward(o, s);
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
 // The backward of statistics of `count` elements. dx and dresidual are undefined, sums null, where they are not wanted.
@@ -101,22 +97,22 @@ Backward<T> backward_of(const GradOperands& o, const GradSpec& s, const Tensor& 
   const int64_t channels = x.size(1);
   const bool activated = !s.activation.empty(), maps = dx.defined();
   const double* const mean = o.stats.const_data_ptr<double>();
-  return {geometry_of(x),
-          dy.const_data_ptr<T>(),
-          x.const_data_ptr<T>(),
-          read<T>(residual),
-          maps ? dx.mutable_data_ptr<T>() : nullptr,
-          dresidual.defined() ? dresidual.mutable_data_ptr<T>() : nullptr,
-          s.training,
-          s.domain.centred,
-          count,
-          activation_named(s.activation).make(),
-          mean,
-          mean + channels,
-          maps || activated ? read_channels(o.weight, channels, 1) : Channels(),
-          activated ? read_channels(o.bias, channels, 0) : Channels(),
-          sums,
-          sums + channels};
+  return {.geometry = geometry_of(x),
+          .dy = dy.const_data_ptr<T>(),
+          .x = x.const_data_ptr<T>(),
+          .residual = read<T>(residual),
+          .dx = maps ? dx.mutable_data_ptr<T>() : nullptr,
+          .dresidual = dresidual.defined() ? dresidual.mutable_data_ptr<T>() : nullptr,
+          .training = s.training,
+          .centred = s.domain.centred,
+          .count = count,
+          .activation = activation_named(s.activation).make(),
+          .mean = mean,
+          .invstd = mean + channels,
+          .weight = maps || activated ? read_channels(o.weight, channels, 1) : Channels(),
+          .bias = activated ? read_channels(o.bias, channels, 0) : Channels(),
+          .dbias = sums,
+          .dweight = sums == nullptr ? nullptr : sums + channels};
 }
 
 Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& total) {
@@ -157,7 +153,6 @@ InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor
 
 TORCH_LIBRARY_IMPL(batchnorm_ext, CPU, m) {
   register_backward<backward>(m);
-  register_activated_backward<activated_backward>(m);
   register_grad_halves<grad_moments, grad_apply>(m);
 }
 

@@ -29,10 +29,12 @@ struct Backward {
   const double *const mean, *const invstd;
   const Channels weight, bias;    // not read for the sums alone without an activation
   double *const dbias, *dweight;  // null: given, or not wanted
-  CoefficientTable<A, 8> table{geometry.cells()};
+  // Of dx, as GroupGrad has them, and of z, as Normalize.
+  static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kOfZ = Normalize<A>::kCoefficients;
+  CoefficientTable<A, kOfDx + kOfZ> table{geometry.cells()};
 
-  // dx in evaluation, where nothing is to be summed.
-  void map_in_evaluation() {
+  // dx in evaluation, or dresidual alone.
+  void map_without_sums() {
     if (is_activated()) {
       set_activation();
       for (int i = 0; i < 3; ++i) std::fill_n(table.row(i), geometry.cells(), A(0));
@@ -103,7 +105,7 @@ struct Backward {
   // f(grad, inputs...), where grad makes what enters the sums of the inputs.
   template <typename F>
   void with_grad(const F& f) const {
-    const A* const* const rows = table.view() + 5;
+    const A* const* const rows = table.view() + kOfDx;
     if (!is_activated()) return f(PlainGrad(), dy, x);
     with_activation<T>(activation, [&]<typename Act>(const Act& act) {
       if (residual == nullptr)
@@ -143,7 +145,7 @@ struct Backward {
   void set_activation() {
     if (!is_activated()) return;
     const double own = training ? count : std::numeric_limits<double>::infinity();
-    set_normalize<5>(table, 0, geometry.cells(), mean, invstd, weight.get(), bias.get(), own);
+    set_normalize<kOfDx>(table, 0, geometry.cells(), mean, invstd, weight.get(), bias.get(), own);
   }
 
   void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {

@@ -57,10 +57,17 @@ Normalized forward(const Operands& o, const Spec& s) {
       return;
     }
     auto [weight, bias] = parameters_of(geometry.batch);
-    const scalar_t* const added = read<scalar_t>(residual);
-    Forward<scalar_t> run{geometry,         in,         added, out,    s.eps,
-                          s.domain.centred, activation, mean,  invstd, std::move(weight),
-                          std::move(bias)};
+    Forward<scalar_t> run{.geometry = geometry,
+                          .x = in,
+                          .residual = read<scalar_t>(residual),
+                          .y = out,
+                          .eps = s.eps,
+                          .centred = s.domain.centred,
+                          .activation = activation,
+                          .mean = mean,
+                          .invstd = invstd,
+                          .weight = std::move(weight),
+                          .bias = std::move(bias)};
     if (!s.training) return run.evaluate(o);
     const Channels var = run.train();
     track(o, s, geometry, static_cast<double>(geometry.count()), mean, var.get());
@@ -77,17 +84,17 @@ Tensor map(const Operands& o, const Tensor& given, const Spec& s) {
   double* const mean = stats.mutable_data_ptr<double>();
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    Forward<scalar_t> run{geometry,
-                          x.const_data_ptr<scalar_t>(),
-                          read<scalar_t>(residual),
-                          y.mutable_data_ptr<scalar_t>(),
-                          0,
-                          true,
-                          activation_named(s.activation).make(),
-                          mean,
-                          mean + geometry.stats(),
-                          read_channels(o.weight, geometry.channels, 1, geometry.batch),
-                          read_channels(o.bias, geometry.channels, 0, geometry.batch)};
+    Forward<scalar_t> run{.geometry = geometry,
+                          .x = x.const_data_ptr<scalar_t>(),
+                          .residual = read<scalar_t>(residual),
+                          .y = y.mutable_data_ptr<scalar_t>(),
+                          .eps = 0,
+                          .centred = true,
+                          .activation = activation_named(s.activation).make(),
+                          .mean = mean,
+                          .invstd = mean + geometry.stats(),
+                          .weight = read_channels(o.weight, geometry.channels, 1, geometry.batch),
+                          .bias = read_channels(o.bias, geometry.channels, 0, geometry.batch)};
     run.map_all_cells(s.training ? static_cast<double>(geometry.count()) : std::numeric_limits<double>::infinity());
   });
   return y;
@@ -139,17 +146,17 @@ Normalized apply(const Operands& o, const Spec& s) {
   }
   with_dtype(x.scalar_type(), [&](auto like) {
     using scalar_t = decltype(like);
-    Forward<scalar_t> run{geometry_of(x),
-                          x.const_data_ptr<scalar_t>(),
-                          read<scalar_t>(residual),
-                          y.mutable_data_ptr<scalar_t>(),
-                          s.eps,
-                          s.domain.centred,
-                          activation_named(s.activation).make(),
-                          mean,
-                          invstd,
-                          read_channels(o.weight, channels, 1),
-                          read_channels(o.bias, channels, 0)};
+    Forward<scalar_t> run{.geometry = geometry_of(x),
+                          .x = x.const_data_ptr<scalar_t>(),
+                          .residual = read<scalar_t>(residual),
+                          .y = y.mutable_data_ptr<scalar_t>(),
+                          .eps = s.eps,
+                          .centred = s.domain.centred,
+                          .activation = activation_named(s.activation).make(),
+                          .mean = mean,
+                          .invstd = invstd,
+                          .weight = read_channels(o.weight, channels, 1),
+                          .bias = read_channels(o.bias, channels, 0)};
     run.map_all_cells(count);
   });
   if (count > 0) track(o, s, geometry_of(x), count, mean, var.get());

@@ -105,7 +105,7 @@ struct ActivatedGrad {
 // output, g itself, the gradient of a residual. The last coefficients are those of z.
 template <typename Z, typename Act, typename A, size_t kOutputs>
 struct ActivatedNormalizeGrad {
-  static constexpr int kCoefficients = 5 + Z::kCoefficients;
+  static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kCoefficients = kOfDx + Z::kCoefficients;
   static constexpr bool kBlocks = true;
   Act act;
   Vec<A> training;  // a mask
@@ -116,7 +116,7 @@ struct ActivatedNormalizeGrad {
     std::array<Block<A, V>, kOutputs> out;
     Block<A, V>& g = out[kOutputs - 1];
     g = dy;
-    act.grad(g, make_block<A, V>([&](int q) { return Z()(of(q).data() + 5, x.v[q], more.v[q]...); }));
+    act.grad(g, make_block<A, V>([&](int q) { return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...); }));
     for (int q = 0; q < V; ++q) {
       const auto& c = of(q);
       out[0].v[q] = c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));

@@ -1,4 +1,4 @@
-// The ops with a residual and an activation behind the norm: what they have beyond those of forward.cuh and
+// Forward and backward with a residual and an activation after the norm. They extend the ops of forward.cuh and
 // backward.cuh.
 #pragma once
 
@@ -17,8 +17,8 @@ struct DeviceMath {
   __device__ static __forceinline__ A erf(A z) { return ::erf(z); }
 };
 
-// Of all elements of a pack: the curve is chosen once for them. The bounds are rounded to T, as the outputs are that
-// backward compares with them.
+// Activates the elements of a pack, for which it looks up the curve once. The bounds are rounded to T: backward
+// compares outputs with them, which are rounded too.
 template <typename T>
 class PackActivation {
  public:
@@ -70,7 +70,7 @@ class PackActivation {
 template <typename T>
 struct ActivatedForward : Forward<T> {
   using A = Acc<T>;
-  static constexpr int kInputs = 2, kMostHeld = 16;
+  static constexpr int kInputs = 2, kMostHeld = 16;  // the activation takes registers as well
 
   const T* residual;  // none: nothing is added
   PackActivation<T> activation;
@@ -94,7 +94,8 @@ struct ActivatedForward : Forward<T> {
   ActivatedForward mapping(double* between) const { return {Forward<T>::mapping(between), residual, activation}; }
 };
 
-// sum(g) and sum(g * d) of each lane, in the names of GradLanes, for differences d that it need not take itself.
+// sum(g) and sum(g * d) of each lane, with the interface of GradLanes. The caller has subtracted the centre, which does
+// not move: d = x - centre.
 template <typename A, int kLanes>
 struct ActivatedGradLanes {
   static constexpr int kCount = kLanes;
@@ -111,7 +112,7 @@ struct ActivatedGradLanes {
   }
 };
 
-// The backward of it, with g = activation'(z) * dy in place of dy.
+// Its backward: that of a norm with g = activation'(z) * dy in place of dy.
 template <typename T>
 struct ActivatedBackward : Backward<T> {
   using A = Acc<T>;
@@ -125,7 +126,7 @@ struct ActivatedBackward : Backward<T> {
   Channels<T> bias;
   PackActivation<T> activation;
 
-  // The coefficients of z, with the bits that they have in the forward, and what the sums are about.
+  // The coefficients of z, bit for bit those of the forward, and the centre of the sums.
   __device__ __forceinline__ void known_before(int64_t c, A (&z)[kKnown]) const {
     const double all = this->total_count != nullptr ? *this->total_count : static_cast<double>(this->geometry.count());
     const double n = this->training ? all : INFINITY;
@@ -193,9 +194,9 @@ struct ActivatedBackward : Backward<T> {
 
   // In evaluation there may be no sums.
   template <int kCount>
-  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[kCount]) const {
+  __device__ __forceinline__ void given(int64_t c, bool leads, A (&map)[kCount]) const {
     if (this->sums == nullptr) return this->set(c, {0, 0}, map);
-    Backward<T>::known(c, leads, map);
+    Backward<T>::given(c, leads, map);
   }
 
   template <bool kReduces, typename Packs, typename Coefficients>

@@ -85,7 +85,7 @@ struct Backward {
     if constexpr (!kLeavesSums) set(c, grads, map);
   }
 
-  __device__ __forceinline__ void known(int64_t c, bool, A (&map)[5]) const {
+  __device__ __forceinline__ void given(int64_t c, bool, A (&map)[5]) const {
     const int64_t s = stat_of(geometry, c);
     set(c, {sums[s], sums[stats_of(geometry) + s]}, map);
   }

@@ -108,8 +108,8 @@ struct Forward {
     conclude(c, count, moments, leads, map);
   }
 
-  // The same from what is known before the launch.
-  __device__ __forceinline__ void known(int64_t c, bool leads, A (&map)[3]) const {
+  // The same where the launch does not reduce, from what it is given.
+  __device__ __forceinline__ void given(int64_t c, bool leads, A (&map)[3]) const {
     if (source == Source::kSums)
       return conclude(c, read_count(sums, geometry.cells()), read_sums(sums, geometry.cells(), c), leads, map);
     if (source == Source::kStats) {

@@ -5,7 +5,7 @@
 
 namespace batchnorm_ext::cuda {
 
-// An op of forward.cuh or backward.cuh.
+// An op of forward.cuh, backward.cuh or activated.cuh.
 template <typename Op>
 void launch(const Op& op, const Request& request);
 

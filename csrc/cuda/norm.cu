@@ -30,15 +30,6 @@ void check_centred(const Domain& domain) {
       [&] { TORCH_CHECK_NOT_IMPLEMENTED(domain.centred, "batch_norm: expected centred=True on CUDA, got False"); });
 }
 
-// There are half as many kernels again for what follows a norm: none for the rare float64.
-void check_after(const Tensor& x, const Domain& domain, const OptionalTensor& residual, std::string_view activation) {
-  const bool possible = x.scalar_type() != at::kDouble && domain.parameter_dim == 1;
-  refusing([&] {
-    TORCH_CHECK_NOT_IMPLEMENTED(possible || (!residual && activation.empty()),
-                                "batch_norm: expected neither residual nor activation for float64 on CUDA");
-  });
-}
-
 // What the forwards share: [y, stats] from the batch itself, from running statistics or from sums.
 Normalized normalize(const Operands& o, const Spec& s, Source source) {
   const Tensor x = dense(o.x);
@@ -75,7 +66,6 @@ Normalized normalize(const Operands& o, const Spec& s, Source source) {
 Normalized forward(const Operands& o, const Spec& s) {
   check_centred(s.domain);
   check_forward(o, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   check_memory(o, s);
   const CUDAGuard guard(o.x.device());
   if (s.training && o.x.numel() == 0) {  // no element, no statistics, nothing to track
@@ -89,7 +79,6 @@ Normalized forward(const Operands& o, const Spec& s) {
 
 Tensor map(const Operands& o, const Tensor& stats, const Spec& s) {
   check_map(o, stats, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   const CUDAGuard guard(o.x.device());
   const Tensor x = dense(o.x, s.domain);
   const Geometry geometry = checked_geometry(x, s.domain);
@@ -112,7 +101,6 @@ Tensor map(const Operands& o, const Tensor& stats, const Spec& s) {
 
 Normalized apply(const Operands& o, const Spec& s) {
   check_operands(o, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   check_memory(o, s);
   check_sums(o.x, *o.sums, sums_size(o.x.size(1)), "sums");
   const CUDAGuard guard(o.x.device());
@@ -150,18 +138,18 @@ void scale(const Gradient& gradient, const OptionalTensor& weight, const Tensor&
   });
 }
 
-ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) {
+ActivatedGradients backward(const GradOperands& o, const GradSpec& s) {
   check_centred(s.domain);
   check_backward(o, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   const CUDAGuard guard(o.x.device());
   const auto [want_dx, want_dweight, want_dbias] = s.mask;
   if (s.domain.parameter_dim == 2 && o.x.numel() > 0) {
     auto [dx, dweight, dbias] = backward_across(o.dy, o.x, o.weight, o.stats, s.mask, s.bias_dtype);
     return {std::move(dx), std::move(dweight), std::move(dbias), Tensor()};
   }
-  const Gradient gradient(o, s);
-  const bool maps = want_dx || o.residual, activated = !gradient.after.is_nothing();
+  const bool maps = want_dx || o.residual;
+  const Gradient gradient(o, s, maps);
+  const bool activated = !gradient.after.is_nothing();
   Tensor dx = maps ? at::empty_like(gradient.x) : Tensor(), dweight, dbias;
   std::tie(dweight, dbias) =
       empty_parameter_gradients(gradient.x, o.weight, s.bias_dtype, s.mask, s.domain.parameter_dim);
@@ -187,19 +175,13 @@ ActivatedGradients activated_backward(const GradOperands& o, const GradSpec& s) 
   return {std::move(dx), std::move(dweight), std::move(dbias), gradient.dresidual};
 }
 
-Gradients backward(const GradOperands& o, const GradSpec& s) {
-  auto [dx, dweight, dbias, none] = activated_backward(o, s);
-  return {std::move(dx), std::move(dweight), std::move(dbias)};
-}
-
 Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTensor& count) {
   check_backward(o, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   if (count) check_sums(o.x, *count, 1, "count");
   const CUDAGuard guard(o.x.device());
   const int64_t size = 2 * o.x.size(1);
   if (o.x.numel() == 0) return at::zeros({size}, o.x.options().dtype(at::kDouble));
-  const Gradient gradient(o, s);
+  const Gradient gradient(o, s, /*maps=*/false);
   Tensor sums = empty_sums(o.x, size);
   with_dtype(o.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -213,11 +195,10 @@ Tensor grad_moments(const GradOperands& o, const GradSpec& s, const OptionalTens
 
 InputGradients grad_apply(const GradOperands& o, const GradSpec& s, const Tensor& grad_sums, const Tensor& count) {
   check_backward(o, s);
-  check_after(o.x, s.domain, o.residual, s.activation);
   check_sums(o.x, grad_sums, 2 * o.x.size(1), "grad_sums");
   check_sums(o.x, count, 1, "count");
   const CUDAGuard guard(o.x.device());
-  const Gradient gradient(o, s);
+  const Gradient gradient(o, s, /*maps=*/true);
   Tensor dx = at::empty_like(gradient.x);
   if (dx.numel() == 0) return {std::move(dx), gradient.dresidual};
   with_dtype(o.x.scalar_type(), [&](auto type) {
@@ -236,7 +217,6 @@ TORCH_LIBRARY_IMPL(batchnorm_ext, CUDA, m) {
   register_map<map>(m);
   register_apply<apply>(m);
   register_backward<backward>(m);
-  register_activated_backward<activated_backward>(m);
   m.impl("moments", moments);
   register_grad_halves<grad_moments, grad_apply>(m);
 }

@@ -19,6 +19,10 @@ enum class Phase { kFused, kReduce, kMap };
 template <typename Op>
 constexpr int kBatch = kLoads / Op::kInputs;
 
+// A batch is kept whole or not at all: plans keep multiples of kLoads / kKept steps.
+template <typename Op>
+constexpr bool kKeepsBatches = kLoads / Op::kKept % kBatch<Op> == 0;
+
 // What a thread takes in a step: a pack of each input.
 template <typename Op, int kWidth_>
 struct Packs {
@@ -72,6 +76,7 @@ __device__ __forceinline__ auto reduce_chunk(const Shape& s, const Op& op, const
   const A* const table = shared_at<A>(s.layout.coefficients) + Op::kCoefficients * s.width;
   constexpr bool kHeld = Op::kKnown * Chunk::kLanes <= Op::kMostHeld;
   const Coefficients<A, Op::kKnown, Chunk, kHeld> known(table, s.width, chunk);
+  static_assert(kKeepsBatches<Op>);
 #pragma unroll 1
   for (int step = 0, batch = 1; step < chunk.steps; step += kBatch<Op>, ++batch) {
     Packs<Op, kWidth> packs[kBatch<Op>];
@@ -207,7 +212,7 @@ __device__ __forceinline__ void norm(const Shape& s, const Op& op, const Workspa
     for (int c = threadIdx.x; c < chunk.channels(); c += kThreads) {
       A map[Op::kCoefficients];
       if constexpr (kPhase == Phase::kMap)
-        op.known(chunk.first + c, leads, map);
+        op.given(chunk.first + c, leads, map);
       else
         op.template finish<kPhase == Phase::kReduce>(chunk.first + c, totals[c], Op::kMoments ? origins[c] : 0, leads,
                                                      map);

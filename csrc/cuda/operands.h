@@ -109,7 +109,7 @@ struct After {
   }
 };
 
-// float64 has no kernels with an activation; norm.cu refuses it.
+// float64 has no kernels with an activation: check_activation refuses it.
 template <typename T>
 void launch(const Forward<T>& op, const After& after, bool aligned, bool reduces) {
   if (after.is_nothing()) return launch(op, request<Forward<T>>(op.geometry, aligned, reduces, true));
@@ -120,18 +120,18 @@ void launch(const Forward<T>& op, const After& after, bool aligned, bool reduces
 
 // What all backwards share: the tensors as the kernels take them.
 struct Gradient {
-  Gradient(const GradOperands& o, const GradSpec& s)
+  Gradient(const GradOperands& o, const GradSpec& s, bool maps)
       : x(dense(o.x, s.domain)),
         dy(like_layout(o.dy, x)),
         bias(o.bias),
         after(o.residual, s.activation, x),
-        dresidual(after.residual ? at::empty_like(x) : Tensor()),
+        dresidual(maps && after.residual ? at::empty_like(x) : Tensor()),
         geometry(checked_geometry(x, s.domain)) {}
 
   const Tensor x, dy;
   const OptionalTensor bias;
   const After after;
-  const Tensor dresidual;  // undefined without a residual
+  const Tensor dresidual;  // undefined where nothing is mapped, and without a residual
   const Geometry geometry;
 
   template <typename T>

@@ -18,7 +18,9 @@ struct Device {
 
 struct Request {
   Geometry geometry;
-  int element_bytes, inputs, coefficients;
+  int element_bytes;
+  int kept_inputs;  // that may stay on chip from the reduction to the map
+  int coefficients;
   bool aligned;        // every tensor starts at a multiple of 16 bytes
   bool reduces, maps;  // at least one of them
 };

@@ -176,10 +176,10 @@ class Planner {
   }
   int64_t taken_in_a_step() const { return row() ? kThreads : shape_.rows_at_once.divisor; }
   int64_t kept(int64_t steps) const {
-    const int64_t batch = kLoads / request_.inputs;
+    const int64_t batch = kLoads / request_.kept_inputs;
     return steps <= most_kept_ ? steps : most_kept_ / batch * batch;
   }
-  int64_t step_bytes() const { return kThreads * pack_bytes() * request_.inputs; }
+  int64_t step_bytes() const { return kThreads * pack_bytes() * request_.kept_inputs; }
 
   void choose_policy() {
     const int64_t room = std::min(device_.shared_per_sm / kBlocksPerSm - kReserved, device_.shared_per_block);
@@ -210,7 +210,7 @@ class Planner {
   int64_t cost(const Shape& s) const {
     const int64_t bytes = pack_bytes() * s.columns.divisor, kept = s.kept * taken_in_a_step();
     const int64_t again = std::max<int64_t>(0, s.chunk - kept);
-    return rounds(s) * ((s.chunk + (s.chunk + again) * request_.inputs) * bytes + kRoundBytes);
+    return rounds(s) * ((s.chunk + (s.chunk + again) * request_.kept_inputs) * bytes + kRoundBytes);
   }
 
   // Teams of few blocks finish their groups in few rounds; teams of many leave blocks of the chip without a team. The

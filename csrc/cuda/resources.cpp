@@ -99,7 +99,7 @@ const Plan& plan_for(const Request& r, int device) {
                    r.geometry.inner,
                    r.geometry.batch,
                    r.element_bytes,
-                   r.inputs,
+                   r.kept_inputs,
                    r.coefficients,
                    r.aligned,
                    r.reduces,
