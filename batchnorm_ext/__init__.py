@@ -16,7 +16,7 @@ report needs and tests it.
 """
 
 from batchnorm_ext import functional, preprocessing
-from batchnorm_ext._ops import show_config
+from batchnorm_ext._library import show_config
 from batchnorm_ext._recompute import recompute_activations
 from batchnorm_ext.convert import convert, convert_sync_batchnorm, revert
 from batchnorm_ext.fold import fold

@@ -1,5 +1,7 @@
 """Outputs of fused norms that autograd does not keep, but maps again when backward needs them."""
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,9 +11,37 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
-from batchnorm_ext import _ops
+from batchnorm_ext._library import C
 
 __all__ = ["RecomputedTensor", "recompute_activations", "recomputed"]
+
+logger = logging.getLogger("batchnorm_ext")
+
+# What recompute_activations lays on saved tensors, and whether it keeps a tensor by itself.
+pack, unpack, is_recomputed, set_share = C.pack, C.unpack, C.is_recomputed, C.set_share
+
+
+def recomputes() -> bool:
+    """Whether outputs of norms are not kept for backward, here and now."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0] is pack
+
+
+@functools.cache
+def log_kept_once(reason: str) -> None:
+    logger.debug("recompute_activations has no effect %s", reason)
+
+
+def note_compiler(asked: bool = False) -> None:
+    """Say that outputs are not recomputed, for norms in code that is compiled.
+
+    ``asked``: the code asks for it; otherwise who calls it may have.
+    """
+    if asked or recomputes():
+        log_kept_once("in compiled code: the compiler decides what it computes again")
+
+
+note_compiler._dynamo_marked_constant = True  # runs while the code is compiled
 
 
 @contextmanager
@@ -62,28 +92,28 @@ def recompute_activations(share: float = 0.6) -> Iterator[None]:
     if not 0 < share <= 1:
         raise ValueError(f"expected share to be positive and at most 1, got {share}")
     if is_compiling():
-        _ops.note_compiler(True)
+        note_compiler(True)
         yield
-    elif _top_saved_tensors_default_hooks(True) is not None and not _ops.recomputes():
-        _ops.log_kept_once("within other hooks on saved tensors")
+    elif _top_saved_tensors_default_hooks(True) is not None and not recomputes():
+        log_kept_once("within other hooks on saved tensors")
         yield
     else:
-        before = _ops.set_share(float(share), 0.0)
+        before = set_share(float(share), 0.0)
         try:
-            with saved_tensors_hooks(_ops.pack, _ops.unpack):
+            with saved_tensors_hooks(pack, unpack):
                 yield
         finally:
-            _ops.set_share(*before)
+            set_share(*before)
 
 
 def recomputed(norm: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
     """What the norm gives for these arguments, as an output that is not kept by what reads it."""
     if is_compiling():
-        _ops.note_compiler(True)
+        note_compiler(True)
         return norm(*arguments)
     with recompute_activations(share=1):
         output = norm(*arguments)
-    return output if _ops.recomputes() else _marked(output)
+    return output if recomputes() else _marked(output)
 
 
 class RecomputedTensor(Tensor):
@@ -98,9 +128,6 @@ class RecomputedTensor(Tensor):
 
 
 def _marked(output: Tensor) -> Tensor:
-    if type(output) is Tensor and _ops.is_recomputed(output):
+    if type(output) is Tensor and is_recomputed(output):
         output.__class__ = RecomputedTensor
     return output
-
-
-_ops.PLAIN.add(RecomputedTensor)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchnorm_ext import _ops  # noqa: F401  (loads the operators)
+from batchnorm_ext import _library  # noqa: F401  (loads the operators)
 
 _TINY = torch.finfo(torch.float64).tiny
 

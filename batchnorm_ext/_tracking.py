@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import _StopRecomputationError
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm_ext._ops import STAND_INS, note_compiler, recomputes
+from batchnorm_ext._ops import STAND_INS
+from batchnorm_ext._recompute import note_compiler, recomputes
 
 _LEAST, _MOST = 64, 1 << 16  # batches remembered: the last ones of a layer that is used more often
 _WAITING = 8192  # values of statistics that wait, so that the operations of a hash serve several

@@ -13,7 +13,7 @@ import setuptools
 import torch
 
 import batchnorm_ext
-from batchnorm_ext import _ops
+from batchnorm_ext import _library
 
 pytestmark = pytest.mark.only("cpu", reason="of the installation")
 
@@ -142,7 +142,7 @@ def sources(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     monkeypatch.delattr(batchnorm_ext, "_build", raising=False)
     monkeypatch.setitem(sys.modules, "batchnorm_ext._build", None)
-    monkeypatch.setattr(_ops, "__file__", str(folder / "_ops.py"))
+    monkeypatch.setattr(_library, "__file__", str(folder / "_library.py"))
     monkeypatch.setattr(sys, "path", [str(folder.parent)])
     return folder
 
@@ -155,23 +155,23 @@ def test_source_folder_hides_the_installed_package(sources, monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "path", [str(sources.parent), str(installed.parent)])
     message = re.escape(f"{sources} is not built and hides the installed {installed}: start Python")
     with pytest.raises(ImportError, match=f"^{message} in another directory, or build this one"):
-        _ops._load()
+        _library._load()
 
 
 def test_nothing_is_built(sources):
     message = re.escape(f"{sources} is not built: run `pip install --no-build-isolation --editable")
     with pytest.raises(ImportError, match=f"^{message}"):
-        _ops._load()
+        _library._load()
 
 
 def test_built_for_another_python(monkeypatch):
     """The import once ended at a circular import."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="built for another Python than 3.*: rebuild it with"):
-        _ops._load()
+        _library._load()
 
 
 def test_built_for_another_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.0.0")
     with pytest.raises(ImportError, match="cannot be loaded by torch 1.0.0: rebuild it with `pip"):
-        _ops._load()
+        _library._load()

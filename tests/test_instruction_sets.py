@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import batchnorm_ext
-from batchnorm_ext import _build, _ops
+from batchnorm_ext import _build, _library
 
 pytestmark = pytest.mark.only("cpu", reason="instruction sets are those of the CPU kernels")
 X86 = ["default", "avx2", "avx512", "avx512_bf16"]
@@ -83,5 +83,5 @@ def test_cuda_module_of_an_earlier_build_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", find)
     monkeypatch.setattr(_build, "CUDA", None)
     monkeypatch.setattr(_build, "CUDA_ARCHITECTURES", None)
-    *_, architectures = _ops._load()
+    *_, architectures = _library._load()
     assert architectures == []

@@ -78,7 +78,7 @@ def test_wrong_results_of_other_norms_fail_the_self_test(norm, small, capsys, mo
 
 def test_gpu_without_kernels_is_left_out(monkeypatch):
     """The report of a machine with a GPU once failed with a TypeError."""
-    monkeypatch.setattr(_ops, "_cuda_architectures", [])
+    monkeypatch.setattr(_ops, "CUDA_ARCHITECTURES", [])
     assert not __main__._has_kernels(0)
 
 

@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 import batchnorm_ext
 import fusing
 from activations import ACTIVATIONS, INPUTS, NORMS, C, fused, gradients, make_problem
-from batchnorm_ext import BatchNorm2d, BatchNormAct2d, GroupNormAct, _ops, recompute_activations
+from batchnorm_ext import (
+    BatchNorm2d,
+    BatchNormAct2d,
+    GroupNormAct,
+    _recompute,
+    recompute_activations,
+)
 from benchmarks import networks
 from cases import DTYPES
 from fusing import conv
@@ -475,7 +481,7 @@ def test_checkpointing(inside, use_reentrant):
 
 
 def test_other_hooks_win(caplog):
-    _ops.log_kept_once.cache_clear()
+    _recompute.log_kept_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger="batchnorm_ext")
     x, layer = torch.randn(SIZE, requires_grad=True), BatchNormAct2d(C)
     with torch.autograd.graph.save_on_cpu():
@@ -518,7 +524,7 @@ def test_data_parallel(ranks):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
-    _ops.log_kept_once.cache_clear()
+    _recompute.log_kept_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger="batchnorm_ext")
     model, x = (
         nn.Sequential(conv(3), BatchNormAct2d(6), conv(), BatchNorm2d(6)),
@@ -547,17 +553,17 @@ def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
 
 def test_it_ends_with_an_exception():
     with pytest.raises(ZeroDivisionError), everything():
-        assert _ops.recomputes()
+        assert _recompute.recomputes()
         with everything():
             raise ZeroDivisionError
-    assert not _ops.recomputes()
+    assert not _recompute.recomputes()
 
 
 def test_it_holds_for_one_thread():
     model, x = batchnorm_ext.fuse(fusing.ResNet()), torch.randn(2, 3, 16, 16)
     found, expected = {}, step(model, x)
     with everything():
-        thread = threading.Thread(target=lambda: found.update(there=_ops.recomputes()))
+        thread = threading.Thread(target=lambda: found.update(there=_recompute.recomputes()))
         thread.start(), thread.join()
     assert found == {"there": False}
 
@@ -661,7 +667,7 @@ def test_layers_that_recompute_after_each_other():
 
 
 def test_compiled_layers_that_recompute(fresh_dynamo, caplog):
-    _ops.log_kept_once.cache_clear()
+    _recompute.log_kept_once.cache_clear()
     caplog.set_level(logging.DEBUG, logger="batchnorm_ext")
     x = torch.randn(4, 3, 16, 16)
     expected = step(make_layered(False), x)
