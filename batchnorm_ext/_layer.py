@@ -13,7 +13,7 @@ from batchnorm_ext._native import BATCH_NORM
 from batchnorm_ext._normalize import normalize
 from batchnorm_ext._tracking import undone_on_error
 
-_exact: set[type] = set()  # the classes of this library, and none derived from them
+LAYERS: set[type] = set()  # the classes of this library, and none derived from them
 
 
 def own(module: nn.Module, kind: str, name: str) -> Tensor | None:
@@ -24,7 +24,7 @@ def own(module: nn.Module, kind: str, name: str) -> Tensor | None:
     attributes = module.__dict__
     members = attributes[kind]
     # parametrized or not, a subclass and an attribute of the layer itself may say otherwise
-    if name in members and type(module) in _exact and name not in attributes:
+    if name in members and type(module) in LAYERS and name not in attributes:
         return members[name]
     return getattr(module, name)
 
@@ -36,7 +36,7 @@ class Fused:
         super().__init_subclass__(**kwargs)
         cls.__native = cls.__mro__[cls.__mro__.index(Fused) + 1]
         if cls.__module__.startswith("batchnorm_ext."):
-            _exact.add(cls)
+            LAYERS.add(cls)
             cls.__as_imported = staticmethod(getattr(cls.__native, "forward", None))
 
     def _forward_or_leave(self, input: Tensor, *more: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Fused:
         That layer's hooks would not run while it is traced. Ours have done so on the way here, and
         would again in the node.
         """
-        if type(self) not in _exact:
+        if type(self) not in LAYERS:
             return self._torch_forward(input, *more)
         if self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__:
             raise fx.proxy.TraceError(

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from batchnorm_ext import modules
+from batchnorm_ext._layer import LAYERS
 from batchnorm_ext._rewrite import unfuse
 from batchnorm_ext.modules_act import (
     BatchNormAct1d,
@@ -128,13 +129,15 @@ def convert_sync_batchnorm(
 def revert(module: Module) -> Module:
     """Undo :func:`fuse`, and of each layer the last conversion.
 
-    Every :class:`SyncBatchNorm` becomes a layer of the class that it was converted from, or a
-    ``torch.nn.SyncBatchNorm`` if it was made as it is. A :class:`SyncBatchNormAct` becomes a layer
-    of the class that it was converted from. Every other layer of this library becomes
-    the ``torch.nn`` layer it stands for; layers that went through both conversions get there by a
-    second ``revert``. Modules whose forward :func:`fuse` has rewritten run their own again. In
-    place and as lossless as :func:`convert`; subclasses of this library's layers are left as they
-    are.
+    What :func:`convert_sync_batchnorm` has converted gets the class back that it had before. Every
+    other layer of this library becomes the ``torch.nn`` layer it stands for, a
+    :class:`SyncBatchNorm` a ``torch.nn.SyncBatchNorm``; layers that went through both conversions
+    get there by a second ``revert``. Modules whose forward :func:`fuse` has rewritten run their own
+    again. In place and as lossless as :func:`convert`.
+
+    Two sorts of layers are left as they are: subclasses of this library's layers, and those that
+    ``torch.nn`` has no counterpart of, which are ``BatchNormAct1d/2d/3d``, ``GroupNormAct``, a
+    :class:`SyncBatchNormAct` that was made as such, and ``LayerNorm`` with a ``channel_dim``.
 
     Args:
         module: any module, fused, converted or built with this library's classes.
@@ -143,7 +146,7 @@ def revert(module: Module) -> Module:
         ``module``.
 
     Warns:
-        UserWarning: names the subclasses of this library's layers that were not reverted.
+        UserWarning: names the layers of this library that were not reverted, and says why.
 
     Example::
 
@@ -198,9 +201,17 @@ def _swap(
             # parametrized properties
             layer.__class__ = type(kind.__name__, (new,), dict(kind.__dict__))
         elif is_concerned(layer):
-            lazy = isinstance(layer, LazyModuleMixin)
-            reason = "run it once first" if lazy else "a subclass, which may override forward"
-            skipped.append(f"{name or 'the module itself'} ({kind.__qualname__}: {reason})")
+            skipped.append(f"{name or 'the module itself'} ({kind.__qualname__}: {_reason(layer)})")
     if skipped:
         warnings.warn(f"not {done}: " + ", ".join(skipped), stacklevel=3)
     return module
+
+
+def _reason(layer: nn.Module) -> str:
+    """Why a layer keeps its class."""
+    if isinstance(layer, LazyModuleMixin):
+        return "run it once first"
+    kind = type(layer)
+    if kind in LAYERS or (parametrize.is_parametrized(layer) and kind.__base__ in LAYERS):
+        return "torch.nn has no such layer"
+    return "a subclass, which may override forward"

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,21 @@ def test_subclass_of_ours_is_not_reverted():
     with pytest.warns(UserWarning, match=r"^not reverted: 0 \(.*Mine: a subclass, "):
         revert(model)
     assert type(model[0]) is Mine and type(model[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize(
+    "kind", [batchnorm_ext.BatchNormAct2d, partial(batchnorm_ext.GroupNormAct, 1)]
+)
+def test_layer_without_counterpart_is_not_reverted(kind, parametrized):
+    """The warning once called it a subclass that may override forward."""
+    layer = kind(3)
+    if parametrized:
+        parametrize.register_parametrization(layer, "weight", Doubled())
+    before = type(layer)
+    with pytest.warns(UserWarning, match=r"^not reverted: .*Act.*: torch.nn has no such layer\)$"):
+        revert(layer)
+    assert type(layer) is before
 
 
 def test_same_results_and_hooks(device):
