@@ -62,8 +62,9 @@ def fuse(
         model: any module. In place: the modules, parameters and buffers (shared ones stay shared),
             hooks and names are those of before; modules with a rewritten forward get a class of the
             same name, derived from theirs, which ``pickle`` and ``copy.deepcopy`` take.
-            :func:`revert` undoes it. Fusing twice is harmless. Parameters and inputs: float32,
-            float64, bfloat16 or float16, of any shape, on a CPU; others run step by step.
+            :func:`revert` undoes it. Fusing twice is harmless. Parameters and inputs: of any shape,
+            in float32, bfloat16 or float16 on CPU and CUDA, in float64 on the CPU; others run step
+            by step.
         example_inputs: a tensor, or a tuple of arguments. A copy of the model runs on them before
             and after, in float64, and outputs and gradients are compared.
         report: also return what has been done.

@@ -30,8 +30,8 @@ def fuse_graph(graph_module: fx.GraphModule) -> Report:
     activation`` and ``norm -> addition``, where the norm is batch, instance or group normalization,
     by a module or a function of ``torch.nn`` or of this library, and each step may be spelled as a
     module, function, method or operator, in place or not. In place; the graph computes what it did
-    before: where a residual turns out to broadcast, and on CUDA, it does so step by step.
-    Source of what is fused: Ioffe & Szegedy 2015, algorithm 1.
+    before. Where a residual turns out to broadcast, and for float64 on CUDA, a fused call takes the
+    steps one after the other. Source of what is fused: Ioffe & Szegedy 2015, algorithm 1.
 
     Args:
         graph_module: a graph before autograd, of tensors of any shape and dtype.
