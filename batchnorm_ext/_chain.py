@@ -22,9 +22,7 @@ from batchnorm_ext._activations import (
     can_fuse,
     is_activation,
 )
-from batchnorm_ext._layer import counting, own, statistics
-from batchnorm_ext._native import BATCH_NORM
-from batchnorm_ext._normalize import normalize
+from batchnorm_ext._layer import batch_norm_by_operator, own
 from batchnorm_ext.sync import SyncBatchNorm
 
 FUSED_NORMS = frozenset((SyncBatchNorm,)) | frozenset(
@@ -203,21 +201,12 @@ def _fused(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) -> Te
 
 
 def _batch_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, name: str) -> Tensor | None:
-    weight, bias = own(norm, "_parameters", "weight"), own(norm, "_parameters", "bias")
-    mean, var, batches = statistics(norm)
-    tensors = (x, mean, var, weight, bias, residual)
     if not can_fuse(x, residual, name) or _ops.leaves_process():
         return None
     group = norm._group_now() if isinstance(norm, SyncBatchNorm) else None
     if group is not None:
         return norm._synchronized(group, x, residual, name)
-    if not _ops.takes(BATCH_NORM, tensors):
-        return None
-    norm._check_input_dim(x)
-    counted, batches, momentum = counting(norm.momentum, batches, mean, var)
-    training = bool(norm.training) or (mean is None and var is None)
-    tensors = (x, mean, var, weight, bias, batches, counted)
-    return normalize(BATCH_NORM, *tensors, training, momentum, norm.eps, 0, residual, name)
+    return batch_norm_by_operator(norm, x, residual, name)
 
 
 def _in_place(name: str) -> Callable:

@@ -93,20 +93,14 @@ class FusedBatchNorm(Fused):
         more = () if residual is None else (residual,)
         if _ops.leaves_process() and self._exports_as_torch():
             return self._torch_forward(input, *more)
-        weight, bias = own(self, "_parameters", "weight"), own(self, "_parameters", "bias")
-        mean, var, batches = statistics(self)
-        if not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias, *more)):
-            if batches is None or torch.compiler.is_compiling():
-                return self._torch_forward(input, *more)
-            with undone_on_error(batches):
-                return self._torch_forward(input, *more)
-        self._check_input_dim(input)
-        counted, batches, momentum = counting(self.momentum, batches, mean, var)
-        # in evaluation without buffers the statistics are those of the batch
-        training = bool(self.training) or (mean is None and var is None)
-        tensors = (input, mean, var, weight, bias, batches, counted)
-        options = (training, momentum, self.eps, 0, residual, activation)
-        return normalize(BATCH_NORM, *tensors, *options)
+        output = batch_norm_by_operator(self, input, residual, activation)
+        if output is not None:
+            return output
+        batches = statistics(self)[2]
+        if batches is None or torch.compiler.is_compiling():
+            return self._torch_forward(input, *more)
+        with undone_on_error(batches):
+            return self._torch_forward(input, *more)
 
     def _exports_as_torch(self) -> bool:
         """Whether torch.export can take it as torch's own: not where it reads its counter."""
@@ -163,6 +157,22 @@ class FusedRMSNorm(Fused):
     def _fused_forward(self, input: Tensor) -> Tensor:
         weight = own(self, "_parameters", "weight")
         return functional.rms_norm(input, self.normalized_shape, weight, self.eps)
+
+
+def batch_norm_by_operator(
+    norm: _BatchNorm, input: Tensor, residual: Tensor | None, activation: str
+) -> Tensor | None:
+    """What the operators give for a layer, here or of torch.nn; None where they do not take it."""
+    weight, bias = own(norm, "_parameters", "weight"), own(norm, "_parameters", "bias")
+    mean, var, batches = statistics(norm)
+    if not _ops.takes(BATCH_NORM, (input, mean, var, weight, bias, residual)):
+        return None
+    norm._check_input_dim(input)
+    counted, batches, momentum = counting(norm.momentum, batches, mean, var)
+    # in evaluation without buffers the statistics are those of the batch
+    training = bool(norm.training) or (mean is None and var is None)
+    tensors = (input, mean, var, weight, bias, batches, counted)
+    return normalize(BATCH_NORM, *tensors, training, momentum, norm.eps, 0, residual, activation)
 
 
 def statistics(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
