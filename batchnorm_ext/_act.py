@@ -54,17 +54,16 @@ def batch_norm_act(
     ``relu(batch_norm(x) + r)`` in three operators reads or writes tensors of this size at least
     seven times forward and six backward; this function does so three and five times at best.
     Backward computes the argument of the activation again from ``input`` and ``residual``; after a
-    residual, ``relu``, ``relu6``, ``hardtanh`` and ``leaky_relu`` read the output instead. No more
-    is kept for the backward than by PyTorch's functions. Of float64 on CUDA these add and activate,
-    after the norm of this library. Source of the normalization: Ioffe & Szegedy 2015, algorithm 1.
+    residual, piecewise linear activations such as ``relu`` read the output instead. No more is kept
+    for the backward than by PyTorch's functions. For float64 on CUDA these do the addition and the
+    activation, after the norm of this library. Source of the normalization: Ioffe & Szegedy 2015,
+    algorithm 1; of the activations: see :class:`batchnorm_ext.BatchNormAct2d`.
 
     Args:
         input, running_mean, running_var, weight, bias, training, momentum, eps: as
             :func:`batchnorm_ext.functional.batch_norm`.
-        activation: ``identity``, ``relu``, ``relu6``, ``hardtanh``, ``leaky_relu``, ``elu``,
-            ``silu``, ``gelu``, ``gelu_tanh``, ``hardswish``, ``hardsigmoid``, ``mish``, ``sigmoid``
-            or ``tanh``, with arguments as in ``"leaky_relu(0.1)"``, ``"elu(0.5)"`` or
-            ``"hardtanh(-2, 2)"``; or such a module of ``torch.nn``.
+        activation: one of those that :class:`batchnorm_ext.BatchNormAct2d` lists, with arguments as
+            in ``"leaky_relu(0.1)"``; or such a module of ``torch.nn``.
         residual: added before the activation; of input's shape, dtype and device.
 
     Returns:

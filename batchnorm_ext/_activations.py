@@ -1,7 +1,8 @@
 """Activations: the names that the operators know, PyTorch's functions and modules for them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -9,65 +10,107 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
+    "ACTIVATIONS",
     "activate",
     "activate_in_place",
     "activation_name",
     "can_fuse",
     "is_activation",
+    "named",
     "then",
 ]
 
-_FUNCTIONS: dict[str, Callable] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardtanh": F.hardtanh,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "mish": F.mish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+
+@dataclass(frozen=True)
+class Known:
+    """An activation as PyTorch has it.
+
+    ``parameters``: what the function takes after its input, and the module has as attributes, with
+    their defaults. ``reads_output``: whether backward after a residual reads the output, where
+    PyTorch's reads the input.
+    """
+
+    function: Callable
+    module: type[nn.Module] | None = None
+    parameters: dict[str, object] = field(default_factory=dict)
+    reads_output: bool = False
+    source: str = ""
+
+
+ACTIVATIONS = {
+    "relu": Known(F.relu, nn.ReLU),
+    "relu6": Known(F.relu6, nn.ReLU6, reads_output=True),
+    "hardtanh": Known(F.hardtanh, nn.Hardtanh, {"min_val": -1.0, "max_val": 1.0}, True),
+    "leaky_relu": Known(F.leaky_relu, nn.LeakyReLU, {"negative_slope": 0.01}, True),
+    "elu": Known(
+        F.elu,
+        nn.ELU,
+        {"alpha": 1.0},
+        source="Clevert et al., *Fast and Accurate Deep Network Learning by Exponential Linear "
+        "Units*, 2016, https://arxiv.org/abs/1511.07289",
+    ),
+    "silu": Known(
+        F.silu,
+        nn.SiLU,
+        source="Elfwing et al., *Sigmoid-Weighted Linear Units for Neural Network Function "
+        "Approximation in Reinforcement Learning*, 2018, https://arxiv.org/abs/1702.03118",
+    ),
+    "gelu": Known(
+        F.gelu,
+        nn.GELU,
+        {"approximate": "none"},
+        source="Hendrycks & Gimpel, *Gaussian Error Linear Units*, 2016, "
+        "https://arxiv.org/abs/1606.08415",
+    ),
+    "gelu_tanh": Known(partial(F.gelu, approximate="tanh")),
+    "hardswish": Known(
+        F.hardswish,
+        nn.Hardswish,
+        source="Howard et al., *Searching for MobileNetV3*, 2019, https://arxiv.org/abs/1905.02244",
+    ),
+    "hardsigmoid": Known(F.hardsigmoid, nn.Hardsigmoid),
+    "mish": Known(
+        F.mish,
+        nn.Mish,
+        source="Misra, *Mish: A Self Regularized Non-Monotonic Activation Function*, 2019, "
+        "https://arxiv.org/abs/1908.08681",
+    ),
+    "sigmoid": Known(torch.sigmoid, nn.Sigmoid),
+    "tanh": Known(torch.tanh, nn.Tanh),
 }
-_NUMBERS = {"hardtanh": 2, "leaky_relu": 1, "elu": 1}  # of arguments
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
-# Module -> name and the attributes that are its arguments.
-_MODULES: dict[type, tuple[str, ...]] = {
-    nn.Identity: ("",),
-    nn.ReLU: ("relu",),
-    nn.ReLU6: ("relu6",),
-    nn.Hardtanh: ("hardtanh", "min_val", "max_val"),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ELU: ("elu", "alpha"),
-    nn.SiLU: ("silu",),
-    nn.Hardswish: ("hardswish",),
-    nn.Hardsigmoid: ("hardsigmoid",),
-    nn.Mish: ("mish",),
-    nn.Sigmoid: ("sigmoid",),
-    nn.Tanh: ("tanh",),
+# Module -> name, and the attributes that are its arguments.
+_MODULES: dict[type, tuple[str, tuple[str, ...]]] = {nn.Identity: ("", ())}
+_MODULES |= {
+    known.module: (name, tuple(known.parameters))
+    for name, known in ACTIVATIONS.items()
+    if known.module is not None
 }
-
-
-_FORWARDS = {kind: kind.forward for kind in (*_MODULES, nn.GELU)}
+_FORWARDS = {kind: kind.forward for kind in _MODULES}
 
 
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     """The name that the operators take, for a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
         return _known(activation)
-    if isinstance(activation, type) and activation in (*_MODULES, nn.GELU):
+    if isinstance(activation, type) and activation in _MODULES:
         activation = activation()
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     if type(activation) not in _MODULES:
         raise _unknown(activation)
-    name, *attributes = _MODULES[type(activation)]
-    values = [repr(float(getattr(activation, attribute))) for attribute in attributes]
-    return f"{name}({', '.join(values)})" if values else name
+    name, attributes = _MODULES[type(activation)]
+    found = named(name, [getattr(activation, attribute) for attribute in attributes])
+    if found is None:
+        raise _unknown(activation)
+    return found
+
+
+def named(name: str, arguments: Sequence[object]) -> str | None:
+    """The name that the operators take, for an activation of PyTorch and all of its arguments."""
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments[0])
+    values = ", ".join([repr(float(argument)) for argument in arguments])
+    return f"{name}({values})" if values else name
 
 
 _names: dict[str, str] = {"": "", "identity": ""}  # of what has been asked for
@@ -76,9 +119,9 @@ _names: dict[str, str] = {"": "", "identity": ""}  # of what has been asked for
 def _known(activation: str) -> str:
     """In the spelling of Python's numbers, which the operators read as well."""
     if activation not in _names:
-        arguments = ", ".join(map(repr, _parsed(activation)[1]))
+        arguments = _parsed(activation)[1]
         name = activation.partition("(")[0]
-        _names[activation] = f"{name}({arguments})" if arguments else name
+        _names[activation] = named(name, arguments) if arguments else name
     return _names[activation]
 
 
@@ -126,24 +169,26 @@ def is_activation(module: object) -> bool:
 
 def _parsed(activation: str) -> tuple[Callable, list[float]]:
     match = _CALL.fullmatch(activation)
-    if match is None or match[1] not in _FUNCTIONS:
+    if match is None or match[1] not in ACTIVATIONS:
         raise _unknown(activation)
+    known = ACTIVATIONS[match[1]]
     if match[2] is None:
-        return _FUNCTIONS[match[1]], []
+        return known.function, []
     try:
         arguments = [float(text) for text in match[2].split(",")]
     except ValueError:
         raise _unknown(activation) from None
-    if len(arguments) != _NUMBERS.get(match[1]):
+    # a name has numbers in it only
+    if len(arguments) != sum(isinstance(value, float) for value in known.parameters.values()):
         raise _unknown(activation)
-    return _FUNCTIONS[match[1]], arguments
+    return known.function, arguments
 
 
 _parsed._dynamo_marked_constant = True
 
 
 def _unknown(activation: object) -> ValueError:
-    names = ", ".join(["identity", *_FUNCTIONS])
+    names = ", ".join(["identity", *ACTIVATIONS])
     return ValueError(
         f"expected activation to be one of {names}, some with arguments, as in leaky_relu(0.1), or "
         f"such a module of torch.nn, got {activation!r}"

@@ -1,8 +1,11 @@
 """What the docstrings of all layers have in common."""
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import TypeVar
+
+from batchnorm_ext._activations import ACTIVATIONS
 
 Layer = TypeVar("Layer", bound=type)
 
@@ -128,12 +131,16 @@ device of the input. Parameters, buffers and ``state_dict`` are those of the lay
 ``BatchNormAct1d/2d/3d`` a ``SyncBatchNormAct``.
 """
 
-_ACTIVATION = """
-    activation: ``identity``, ``relu``, ``relu6``, ``hardtanh``, ``leaky_relu``, ``elu``, ``silu``,
-        ``gelu``, ``gelu_tanh``, ``hardswish``, ``hardsigmoid``, ``mish``, ``sigmoid`` or ``tanh``,
-        with arguments as in ``"leaky_relu(0.1)"``, ``"elu(0.5)"``, ``"hardtanh(-2, 2)"``; or such a
-        module of ``torch.nn``. Default: relu."""
-
+_NAMES = ", ".join(f"``{name}``" for name in ("identity", *ACTIVATIONS))
+_SOURCES = "; ".join(f"{name}: {a.source}" for name, a in ACTIVATIONS.items() if a.source)
+_ACTIVATION = "\n" + textwrap.fill(
+    f'activation: one of {_NAMES}, with arguments as in ``"leaky_relu(0.1)"``, ``"elu(0.5)"``, '
+    f'``"hardtanh(-2, 2)"``; or such a module of ``torch.nn``. Default: relu. Sources: {_SOURCES}.',
+    width=100,
+    initial_indent="    ",
+    subsequent_indent="        ",
+    break_on_hyphens=False,
+)
 
 _RECOMPUTE = """
     recompute: whether the next layer keeps a way to compute the output again for its backward, and

@@ -6,14 +6,12 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from batchnorm_ext import _chain
-from batchnorm_ext._activations import activation_name
+from batchnorm_ext._activations import ACTIVATIONS, activation_name
 from batchnorm_ext._graph import NORMS, Call
 from batchnorm_ext._spelling import Activation, Norm, norm_of, switches, writes
 
-# With a residual, the backward of these reads their output, where PyTorch's reads their input.
-_OF_OUTPUT = ("relu6", "hardtanh", "leaky_relu")
 # The backward of relu reads its output either way; without an activation it reads neither output
-# nor residual. That of all others reads the residual.
+# nor residual. That of all others reads the output where `reads_output`, or else the residual.
 _AS_NATIVE = ("relu", "")
 
 # functions whose results are memory of their own
@@ -78,10 +76,11 @@ class Hazards:
         name = fusion.activation_name(self.modules).partition("(")[0]
         if fusion.residual is None or name in _AS_NATIVE:
             return ""
-        if name in _OF_OUTPUT and not self._is_in_place(fusion.activation):
+        reads_output = ACTIVATIONS[name].reads_output
+        if reads_output and not self._is_in_place(fusion.activation):
             if any(user.op == "output" for user in fusion.last.users):
                 return "returned to who may write to it, and needed by the backward of the sum"
-        needed = fusion.last if name in _OF_OUTPUT else fusion.residual
+        needed = fusion.last if reads_output else fusion.residual
         for user in needed.users:
             if self.order[user] > self.order[fusion.last] and writes(user, self.modules):
                 name = describe(self.modules, user)

@@ -10,31 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from batchnorm_ext import _chain, functional
-from batchnorm_ext._activations import is_activation
+from batchnorm_ext._activations import ACTIVATIONS, is_activation, named
 
 OPS = torch.ops.batchnorm_ext
-
-# name -> the parameters after the input, with their defaults
-_PARAMETERS: dict[str, dict[str, object]] = {
-    "relu": {},
-    "relu6": {},
-    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
-    "leaky_relu": {"negative_slope": 0.01},
-    "elu": {"alpha": 1.0},
-    "silu": {},
-    "gelu": {"approximate": "none"},
-    "hardswish": {},
-    "hardsigmoid": {},
-    "mish": {},
-    "sigmoid": {},
-    "tanh": {},
-}
 
 
 def _spellings() -> dict[object, tuple[str, bool]]:
     """Function, or name of a method -> name of the activation, and whether it is done in place."""
     found: dict[object, tuple[str, bool]] = {}
-    for name in _PARAMETERS:
+    for name in ACTIVATIONS:
         for package in (F, torch):
             for spelled, in_place in ((name, False), (f"{name}_", True)):
                 if hasattr(package, spelled):
@@ -100,20 +84,17 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | 
     if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATIONS:
         return None
     name, in_place = _ACTIVATIONS[node.target]
-    values = _bind(node, ["input", *_PARAMETERS[name], "inplace"])
+    defaults = ACTIVATIONS[name].parameters
+    values = _bind(node, ["input", *defaults, "inplace"])
     of = values.pop("input", None) if values is not None else None
     if not isinstance(of, fx.Node):
         return None
     written = values.pop("inplace", False)
-    values = _PARAMETERS[name] | values
+    values = defaults | values
     if type(written) is not bool or any(isinstance(value, fx.Node) for value in values.values()):
         return None
-    if name == "gelu":
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(values["approximate"])
-        return None if name is None else Activation(of, name)
-    if values:
-        name = f"{name}({', '.join(repr(float(value)) for value in values.values())})"
-    return Activation(of, f"_{name}" if in_place or written else name)
+    name = named(name, list(values.values()))
+    return None if name is None else Activation(of, f"_{name}" if in_place or written else name)
 
 
 def addition_of(node: fx.Node) -> Addition | str | None:

@@ -20,8 +20,8 @@ def test_modules_stand_for_their_names(name):
 
 @pytest.mark.parametrize(
     "activation",
-    ["swish", "relu(1)", "leaky_relu()", "leaky_relu(1, 2)", "hardtanh(1, -1)", "elu(x)", None, 3]
-    + [torch.nn.Softplus(), torch.nn.Linear, "relu "],
+    ["swish", "relu(1)", "leaky_relu()", "leaky_relu(1, 2)", "hardtanh(1, -1)", "elu(x)", "gelu(1)"]
+    + [torch.nn.Softplus(), torch.nn.Linear, "relu ", None, 3],
     ids=str,
 )
 def test_unknown_activations_are_refused(activation):
