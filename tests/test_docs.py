@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import batchnorm_ext
-from batchnorm_ext import functional, preprocessing, reference
+from batchnorm_ext import backend, functional, preprocessing, reference
 
 pytestmark = pytest.mark.only("cpu", reason="of the documentation")
 
@@ -30,7 +30,7 @@ FUNCTIONS = [
     *(functional.batch_norm_act, functional.instance_norm_act, functional.group_norm_act),
     *(batchnorm_ext.update_population_stats, batchnorm_ext.as_affine, batchnorm_ext.weight_norm),
     *(batchnorm_ext.fold, batchnorm_ext.fuse, batchnorm_ext.fuse_graph),
-    batchnorm_ext.recompute_activations,
+    *(batchnorm_ext.recompute_activations, backend.backend),
     *(reference.batch_norm, reference.batch_norm_backward),
 ]
 
