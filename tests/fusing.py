@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import batchnorm_ext
+from batchnorm_ext._graph import Report
 from support import assert_within
 
 C = 6
@@ -57,6 +58,12 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.double()
 
 
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module, Report]:
+    """The model with parameters at random, a fused copy of it, and what was fused."""
+    randomized(model)
+    return model, *batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+
+
 def outcome(model: nn.Module, x: Tensor, backward: bool = True) -> dict[str, Tensor]:
     """Outputs, gradients of input and parameters, and buffers after one step."""
     x = x.clone().requires_grad_(backward)
@@ -93,8 +100,7 @@ def assert_fuses(
     model: nn.Module, x: Tensor, done: int, left: int = 0, tolerance: float = EXACT
 ) -> nn.Module:
     """Fuse a copy: this many norms, the same names, and the same numbers in both modes."""
-    randomized(model)
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(model)
     assert (len(report.done), len(report.left)) == (done, left), str(report)
     assert list(fused.state_dict()) == list(model.state_dict())
     assert_same(fused, model, x, tolerance)
@@ -110,8 +116,7 @@ def assert_fuses(
 
 def assert_leaves(model: nn.Module, reason: str, name: str = "bn1", backward: bool = True) -> None:
     """Fuse a copy: not that norm, for that reason, and the same numbers."""
-    randomized(model)
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(model)
     assert name not in report.done and reason in report.left[name], str(report)
     assert_same(fused, model, image(), backward=backward)
 

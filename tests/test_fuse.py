@@ -26,6 +26,7 @@ from fusing import (
     conv,
     image,
     norm,
+    pair,
     randomized,
 )
 
@@ -144,8 +145,7 @@ def test_a_difference_on_the_example_inputs_raises(monkeypatch):
 
 
 def test_hooks_registered_later():
-    model = randomized(BasicBlock(C, C))
-    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    model, fused, _ = pair(BasicBlock(C, C))
     for each in (model, fused):
         each.bn2.register_forward_hook(lambda module, args, output: output * 2)
         each.relu.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
@@ -153,8 +153,7 @@ def test_hooks_registered_later():
 
 
 def test_layers_replaced_later():
-    model = randomized(BasicBlock(C, C))
-    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    model, fused, _ = pair(BasicBlock(C, C))
     for each in (model, fused):
         each.bn1, each.relu = nn.Identity(), nn.GELU()
         each.downsample = nn.Conv2d(C, C, 1).double().requires_grad_(False)
@@ -204,8 +203,7 @@ def test_optional_arguments():
             y = self.bn1(x)
             return F.relu(y if residual is None else y * residual)
 
-    model = Optional().double()
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(Optional())
     assert set(report.done) == {"bn1"}
     x = image()
     for arguments in ((x,), (x, None), (x, x)):
@@ -231,15 +229,13 @@ def test_drop_path_between():
 
 
 def test_compiled(fresh_dynamo):
-    model = randomized(nn.Sequential(BasicBlock(C, C), conv(), norm(), nn.SiLU()))
-    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    model, fused, _ = pair(nn.Sequential(BasicBlock(C, C), conv(), norm(), nn.SiLU()))
     fused.compile(backend="aot_eager", fullgraph=True)
     assert_same(fused, model, image())
 
 
 def test_traced_and_exported_models_hold_native_nodes():
-    model = randomized(nn.Sequential(BasicBlock(C, C))).eval()
-    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    model, fused, _ = pair(nn.Sequential(BasicBlock(C, C)).eval())
     x = image()
     for traced in (torch.fx.symbolic_trace(fused), torch.jit.trace(fused, x)):
         torch.testing.assert_close(traced(x), model(x), rtol=CLOSE, atol=CLOSE)

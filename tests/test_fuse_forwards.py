@@ -1,6 +1,5 @@
 """Which forwards are rewritten, and why others are not."""
 
-import copy
 import gc
 import random
 
@@ -19,7 +18,7 @@ from fusing import (
     conv,
     image,
     norm,
-    randomized,
+    pair,
 )
 
 pytestmark = pytest.mark.only("cpu", reason="of forwards alone")
@@ -150,8 +149,7 @@ def _checkpointed(m, x):
 def test_forwards_that_are_no_graphs(run, reason):
     model = block(run)
     model.calls, model.kept, model.table, model.log = 0, [], [2.0], [].append
-    randomized(model)
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(model)
     assert report.done == {} and f"is no graph: {reason}" in report.left["bn1"], str(report)
     assert "left as it is: the model (fusing.Model) is no graph" in report.note
     assert model.calls == fused.calls == 0 and model.kept == fused.kept == []

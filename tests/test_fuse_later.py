@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm_ext
-from fusing import assert_fuses, assert_same, block, conv, image, norm, randomized
+from fusing import assert_fuses, assert_same, block, conv, image, norm, pair
 
 pytestmark = pytest.mark.only("cpu", reason="of forwards alone")
 
@@ -72,8 +72,7 @@ def _hooked(m):
 )
 def test_layers_around_are_changed_later(run, in_place, change):
     """What is written to, and what a forward asks of its layers, is part of the graph."""
-    model = randomized(block(run, bn2=None, act=nn.ReLU(in_place)))
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(block(run, bn2=None, act=nn.ReLU(in_place)))
     assert list(report.done) == ["bn1"]
     for each in (model, fused):
         change(each)
@@ -98,8 +97,9 @@ def test_hooks_of_all_modules_see_every_layer():
 @pytest.mark.parametrize("before", [True, False])
 def test_forwards_of_torchs_classes_are_replaced(kind, before, monkeypatch):
     native = kind.forward
-    model = randomized(block(lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x)))
-    fused = batchnorm_ext.fuse(copy.deepcopy(model))
+    model, fused, _ = pair(
+        block(lambda m, x: m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x))
+    )
     monkeypatch.setattr(kind, "forward", lambda layer, x: native(layer, x) * 2)
     if before:
         fused = batchnorm_ext.fuse(copy.deepcopy(model))

@@ -18,7 +18,7 @@ from fusing import (
     conv,
     image,
     norm,
-    randomized,
+    pair,
 )
 
 pytestmark = pytest.mark.only("cpu", reason="of forwards alone")
@@ -158,8 +158,7 @@ def test_functions_of_norms():
         y = F.relu(x + F.group_norm(y, 2, bn.weight, bn.bias))
         return F.instance_norm(y, weight=bn.weight).sigmoid()
 
-    model = randomized(block(run, bn2=None))
-    fused, report = batchnorm_ext.fuse(copy.deepcopy(model), report=True)
+    model, fused, report = pair(block(run, bn2=None))
     assert set(report.done) == {"batch_norm", "group_norm", "instance_norm"}
     assert_same(fused, model, image())
     assert_same(fused.eval(), model.eval(), image())
