@@ -14,6 +14,7 @@ from batchnorm_ext import _ops, sync_debug
 from batchnorm_ext._activations import can_fuse, then
 from batchnorm_ext._layer import FusedBatchNorm, counting, own, statistics
 from batchnorm_ext._native import Native
+from batchnorm_ext._recompute import log_kept_once, recomputes
 from batchnorm_ext._tracking import track
 
 __all__ = ["SyncBatchNorm"]
@@ -149,8 +150,8 @@ class SyncBatchNorm(FusedBatchNorm, _BatchNorm):
         if reason := _ops.refusal(_SYNC_BATCH_NORM, (input, mean, var, weight, bias, residual)):
             raise NotImplementedError(f"{layer}: cannot synchronize: {reason}")
         self._check_input_dim(input)
-        if not torch.compiler.is_compiling() and _ops.recomputes():
-            _ops.log_kept_once("on outputs of SyncBatchNorm over several ranks")
+        if not torch.compiler.is_compiling() and recomputes():
+            log_kept_once("on outputs of SyncBatchNorm over several ranks")
         debug = _DEBUG and not torch.compiler.is_compiling()
         if debug:
             self._compare_ranks("forward", group, input)
