@@ -91,7 +91,8 @@ struct OfOutput {
 
 template <typename A>
 struct PiecewiseActivation {
-  using OfSaved = OfOutput<A>;  // what backward has of a residual
+  using OfSaved = OfOutput<A>;        // what backward has of a residual
+  static constexpr int kVectors = 1;  // at once
   Piecewise<VectorMath<A>> of;
 
   template <int V>
@@ -108,6 +109,7 @@ template <typename A>
 class SmoothActivation {
  public:
   using OfSaved = OfSum<A>;
+  static constexpr int kVectors = kVecs;
 
   explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
     with_curve(a.curve, [&]<typename Of>(Of) {

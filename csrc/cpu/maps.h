@@ -40,7 +40,7 @@ struct Normalize {
 template <typename Z, typename Act, typename A>
 struct NormalizeActivate {
   static constexpr int kCoefficients = 3;
-  static constexpr bool kBlocks = true;
+  static constexpr int kVectors = Act::kVectors;
   Act act;
   template <int V>
   std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
@@ -106,7 +106,7 @@ struct ActivatedGrad {
 template <typename Z, typename Act, typename A, size_t kOutputs>
 struct ActivatedNormalizeGrad {
   static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kCoefficients = kOfDx + Z::kCoefficients;
-  static constexpr bool kBlocks = true;
+  static constexpr int kVectors = Act::kVectors;
   Act act;
   Vec<A> training;  // a mask
 

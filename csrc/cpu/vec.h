@@ -219,15 +219,16 @@ __attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More
 }
 
 // out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
-// lane, and one vector of each input. An op with kBlocks takes at(first lane of the q-th vector) as a function of q,
-// and blocks. With kStream all outputs must have the same offset from a vector's boundary.
+// lane, and one vector of each input. An op with kVectors takes blocks of so many vectors, of fewer at the end, and
+// at(first lane of the q-th vector) as a function of q. With kStream all outputs must have the same offset from a
+// vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
   const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) {
     const auto here = [&](int q) -> decltype(auto) { return at(i + q * Vec<A>::size()); };
-    if constexpr (requires { requires Op::kBlocks; }) {
+    if constexpr (requires { Op::kVectors; }) {
       return op(here, x, more...);
     } else {
       std::array<Block<A, V>, kOutputs> y;
@@ -252,9 +253,16 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& 
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
+  // As few vectors at once as possible: of a block of results GCC 12 keeps a copy on the stack, which doubles the
+  // writes.
+  constexpr int kAtOnce = [] {
+    if constexpr (requires { Op::kVectors; }) return std::max(kParts<T>, Op::kVectors);
+    return kParts<T>;
+  }();
   for (; i + L <= n; i += L) {
-    if constexpr (requires { requires Op::kBlocks; }) prefetch_ahead((in + i)...);
-    step.template operator()<kVecs, kStream>(i);
+    if constexpr (requires { Op::kVectors; }) prefetch_ahead((in + i)...);
+#pragma GCC unroll 4
+    for (int q = 0; q < kVecs; q += kAtOnce) step.template operator()<kAtOnce, kStream>(i + q * Vec<A>::size());
   }
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
   if (i == n) return;

@@ -77,13 +77,6 @@ def test_residual_without_an_activation():
     torch.testing.assert_close(y, plain + p.residual, rtol=1e-6, atol=1e-6)
 
 
-def test_float64_is_refused():
-    p = make_problem((3, C, 9, 7), "contiguous", torch.float64, False)
-    arguments = (p.x, p.weight, p.bias, None, None, True, EPS, 0, True, 1, None, "relu")
-    with pytest.raises(NotImplementedError, match="refused by batchnorm_ext"):
-        ops.batch_norm(*arguments)
-
-
 @torch.no_grad()
 def test_gradients_of_sums_that_leave_float32():
     """Products of these overflow in float32, and are summed again in float64."""
