@@ -91,8 +91,10 @@ class FusedBatchNorm(Fused):
         self, input: Tensor, residual: Tensor | None = None, activation: str = ""
     ) -> Tensor:
         more = () if residual is None else (residual,)
-        if _ops.leaves_process() and self._exports_as_torch():
-            return self._torch_forward(input, *more)
+        plain = residual is None and not activation
+        if _ops.leaves_process() or (plain and _ops.is_for_compiler()):
+            if self._is_traced_as_torch():
+                return self._torch_forward(input, *more)
         output = batch_norm_by_operator(self, input, residual, activation)
         if output is not None:
             return output
@@ -102,8 +104,8 @@ class FusedBatchNorm(Fused):
         with undone_on_error(batches):
             return self._torch_forward(input, *more)
 
-    def _exports_as_torch(self) -> bool:
-        """Whether torch.export can take it as torch's own: not where it reads its counter."""
+    def _is_traced_as_torch(self) -> bool:
+        """Whether Dynamo can take it as torch's own: not where it reads its counter."""
         return not (self.training and self.track_running_stats and self.momentum is None)
 
 

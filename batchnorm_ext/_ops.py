@@ -61,6 +61,18 @@ def leaves_process() -> bool:
     return is_exporting() or _is_tracing()
 
 
+def is_for_compiler() -> bool:
+    """Whether a plain batch normalization is torch's own because its code is being compiled.
+
+    Inductor fuses that with what stands around it, which costs less than the fastest norm that it
+    cannot look into.
+    """
+    if not is_dynamo_compiling():
+        return False
+    note_compiler()
+    return True
+
+
 def takes(native: Native, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call goes to the operators, here and now, and not to torch's own function.
 

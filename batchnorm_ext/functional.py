@@ -81,7 +81,7 @@ def batch_norm(
     if not torch.jit.is_scripting():
         if (
             momentum is not None
-            and not _ops.leaves_process()
+            and not (_ops.leaves_process() or _ops.is_for_compiler())
             and _ops.takes(BATCH_NORM, (input, running_mean, running_var, weight, bias))
         ):
             mean, var = running_mean, running_var

@@ -105,20 +105,23 @@ def test_onnx_graph_is_that_of_native(dynamo, training, tmp_path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_graphs_keep_the_fused_operators(training):
-    """Those of the forward and of the backward, which torch.compile hands to its backend."""
+@pytest.mark.parametrize("layer", [batchnorm_ext.BatchNorm2d, batchnorm_ext.BatchNormAct2d])
+def test_compiled_graphs(layer, training):
+    """Those of the forward and of the backward, which torch.compile hands to its backend: a plain
+    norm is PyTorch's, for inductor to fuse, and one with an activation an operator of ours."""
     graphs = []
 
     def backend(module, _):
         graphs.append(str(module.graph))
         return make_boxed_func(module.forward)
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), batchnorm_ext.BatchNorm2d(4)).train(training)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer(4)).train(training)
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
     compiled(batch(4, 3, 2, 2)).sum().backward()
     assert len(graphs) == 2
     for graph in graphs:
-        assert "batchnorm_ext." in graph and "native_batch_norm" not in graph, graph
+        ours = layer is batchnorm_ext.BatchNormAct2d
+        assert ("batchnorm_ext." in graph, "native_batch_norm" in graph) == (ours, not ours), graph
 
 
 def test_compiled_autograd_takes_the_backward():

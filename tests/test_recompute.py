@@ -544,7 +544,8 @@ def test_compiled_code_ignores_it(inside, caplog, fresh_dynamo):
     with nullcontext() if inside else everything():
         compiled(x).square().sum().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+        # the last norm is PyTorch's own
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-3)
     assert logged(caplog) == [
         "recompute_activations has no effect in compiled code: the compiler decides what it "
         "computes again"
