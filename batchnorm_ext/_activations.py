@@ -22,7 +22,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Known:
+class Row:
     """An activation as PyTorch has it.
 
     ``parameters``: what the function takes after its input, and the module has as attributes, with
@@ -38,54 +38,54 @@ class Known:
 
 
 ACTIVATIONS = {
-    "relu": Known(F.relu, nn.ReLU),
-    "relu6": Known(F.relu6, nn.ReLU6, reads_output=True),
-    "hardtanh": Known(F.hardtanh, nn.Hardtanh, {"min_val": -1.0, "max_val": 1.0}, True),
-    "leaky_relu": Known(F.leaky_relu, nn.LeakyReLU, {"negative_slope": 0.01}, True),
-    "elu": Known(
+    "relu": Row(F.relu, nn.ReLU),
+    "relu6": Row(F.relu6, nn.ReLU6, reads_output=True),
+    "hardtanh": Row(F.hardtanh, nn.Hardtanh, {"min_val": -1.0, "max_val": 1.0}, True),
+    "leaky_relu": Row(F.leaky_relu, nn.LeakyReLU, {"negative_slope": 0.01}, True),
+    "elu": Row(
         F.elu,
         nn.ELU,
         {"alpha": 1.0},
         source="Clevert et al., *Fast and Accurate Deep Network Learning by Exponential Linear "
         "Units*, 2016, https://arxiv.org/abs/1511.07289",
     ),
-    "silu": Known(
+    "silu": Row(
         F.silu,
         nn.SiLU,
         source="Elfwing et al., *Sigmoid-Weighted Linear Units for Neural Network Function "
         "Approximation in Reinforcement Learning*, 2018, https://arxiv.org/abs/1702.03118",
     ),
-    "gelu": Known(
+    "gelu": Row(
         F.gelu,
         nn.GELU,
         {"approximate": "none"},
         source="Hendrycks & Gimpel, *Gaussian Error Linear Units*, 2016, "
         "https://arxiv.org/abs/1606.08415",
     ),
-    "gelu_tanh": Known(partial(F.gelu, approximate="tanh")),
-    "hardswish": Known(
+    "gelu_tanh": Row(partial(F.gelu, approximate="tanh")),
+    "hardswish": Row(
         F.hardswish,
         nn.Hardswish,
         source="Howard et al., *Searching for MobileNetV3*, 2019, https://arxiv.org/abs/1905.02244",
     ),
-    "hardsigmoid": Known(F.hardsigmoid, nn.Hardsigmoid),
-    "mish": Known(
+    "hardsigmoid": Row(F.hardsigmoid, nn.Hardsigmoid),
+    "mish": Row(
         F.mish,
         nn.Mish,
         source="Misra, *Mish: A Self Regularized Non-Monotonic Activation Function*, 2019, "
         "https://arxiv.org/abs/1908.08681",
     ),
-    "sigmoid": Known(torch.sigmoid, nn.Sigmoid),
-    "tanh": Known(torch.tanh, nn.Tanh),
+    "sigmoid": Row(torch.sigmoid, nn.Sigmoid),
+    "tanh": Row(torch.tanh, nn.Tanh),
 }
 _CALL = re.compile(r"(\w+)(?:\((.*)\))?")
 
 # Module -> name, and the attributes that are its arguments.
 _MODULES: dict[type, tuple[str, tuple[str, ...]]] = {nn.Identity: ("", ())}
 _MODULES |= {
-    known.module: (name, tuple(known.parameters))
-    for name, known in ACTIVATIONS.items()
-    if known.module is not None
+    row.module: (name, tuple(row.parameters))
+    for name, row in ACTIVATIONS.items()
+    if row.module is not None
 }
 _FORWARDS = {kind: kind.forward for kind in _MODULES}
 
@@ -93,7 +93,7 @@ _FORWARDS = {kind: kind.forward for kind in _MODULES}
 def activation_name(activation: str | nn.Module | type[nn.Module]) -> str:
     """The name that the operators take, for a name, a module of torch.nn or its class."""
     if isinstance(activation, str):
-        return _known(activation)
+        return _normalized_name(activation)
     if isinstance(activation, type) and activation in _MODULES:
         activation = activation()
     if type(activation) not in _MODULES:
@@ -116,7 +116,7 @@ def named(name: str, arguments: Sequence[object]) -> str | None:
 _names: dict[str, str] = {"": "", "identity": ""}  # of what has been asked for
 
 
-def _known(activation: str) -> str:
+def _normalized_name(activation: str) -> str:
     """In the spelling of Python's numbers, which the operators read as well."""
     if activation not in _names:
         arguments = _parsed(activation)[1]
@@ -125,7 +125,7 @@ def _known(activation: str) -> str:
     return _names[activation]
 
 
-_known._dynamo_marked_constant = True  # a compiler would trace the regular expression
+_normalized_name._dynamo_marked_constant = True  # a compiler would trace the regular expression
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -171,17 +171,17 @@ def _parsed(activation: str) -> tuple[Callable, list[float]]:
     match = _CALL.fullmatch(activation)
     if match is None or match[1] not in ACTIVATIONS:
         raise _unknown(activation)
-    known = ACTIVATIONS[match[1]]
+    row = ACTIVATIONS[match[1]]
     if match[2] is None:
-        return known.function, []
+        return row.function, []
     try:
         arguments = [float(text) for text in match[2].split(",")]
     except ValueError:
         raise _unknown(activation) from None
     # a name has numbers in it only
-    if len(arguments) != sum(isinstance(value, float) for value in known.parameters.values()):
+    if len(arguments) != sum(isinstance(value, float) for value in row.parameters.values()):
         raise _unknown(activation)
-    return known.function, arguments
+    return row.function, arguments
 
 
 _parsed._dynamo_marked_constant = True

@@ -105,7 +105,7 @@ class FusedBatchNorm(Fused):
             return self._torch_forward(input, *more)
 
     def _is_traced_as_torch(self) -> bool:
-        """Whether Dynamo can take it as torch's own: not where it reads its counter."""
+        """Whether a tracer can take it as torch's own: not where it reads its counter."""
         return not (self.training and self.track_running_stats and self.momentum is None)
 
 

@@ -1,6 +1,7 @@
 """The compiled operators: loads those for this machine, and says how they were built."""
 
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger("batchnorm_ext")
 
 _REBUILD = (
     "rebuild it with `pip install --no-build-isolation --force-reinstall --no-deps .` in its "

@@ -1,7 +1,6 @@
 """Calls the compiled operators, and says which calls they take."""
 
 import functools
-import logging
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from batchnorm_ext._library import CUDA_ARCHITECTURES, REFUSAL, C
+from batchnorm_ext._library import CUDA_ARCHITECTURES, REFUSAL, C, logger
 from batchnorm_ext._native import Native
 from batchnorm_ext._recompute import RecomputedTensor, note_compiler
-
-logger = logging.getLogger("batchnorm_ext")
 
 _batch_norm = torch.ops.batchnorm_ext.batch_norm.default
 _layer_norm = torch.ops.batchnorm_ext.layer_norm.default
@@ -64,8 +61,8 @@ def leaves_process() -> bool:
 def is_for_compiler() -> bool:
     """Whether a plain batch normalization is torch's own because its code is being compiled.
 
-    Inductor fuses that with what stands around it, which costs less than the fastest norm that it
-    cannot look into.
+    Inductor, the usual backend, fuses that with what stands around it, which costs less than the
+    fastest norm that it cannot look into.
     """
     if not is_dynamo_compiling():
         return False

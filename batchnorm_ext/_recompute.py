@@ -1,7 +1,6 @@
 """Outputs of fused norms that autograd does not keep, but maps again when backward needs them."""
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,11 +10,16 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
-from batchnorm_ext._library import C
+from batchnorm_ext._library import C, logger
 
-__all__ = ["RecomputedTensor", "recompute_activations", "recomputed"]
-
-logger = logging.getLogger("batchnorm_ext")
+__all__ = [
+    "RecomputedTensor",
+    "log_kept_once",
+    "note_compiler",
+    "recompute_activations",
+    "recomputed",
+    "recomputes",
+]
 
 # What recompute_activations lays on saved tensors, and whether it keeps a tensor by itself.
 pack, unpack, is_recomputed, set_share = C.pack, C.unpack, C.is_recomputed, C.set_share

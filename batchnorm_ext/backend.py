@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 
-from batchnorm_ext import _ops
+from batchnorm_ext._library import logger
 from batchnorm_ext.fusion import fuse_graph
 
 __all__ = ["backend"]
@@ -51,7 +51,7 @@ def backend(
     """
     options = dict(options or {})
     name = options.pop("backend", "inductor")
-    _ops.logger.debug("%s", fuse_graph(graph_module))
+    logger.debug("%s", fuse_graph(graph_module))
     if name == "inductor":
         compiler = torch._TorchCompileInductorWrapper(mode, options or None, None)
         return compiler(graph_module, example_inputs)

@@ -123,6 +123,7 @@ class SyncBatchNormAct(_BatchNormAct, SyncBatchNorm):
         activation: as in :class:`BatchNormAct2d`.
         eps, momentum, affine, track_running_stats: as in :class:`torch.nn.BatchNorm2d`.
         process_group: the ranks to synchronize with; None for all.
+        recompute: as in :class:`BatchNormAct2d`; outputs over several ranks are kept.
         device, dtype, kwargs: as in :class:`torch.nn.BatchNorm2d`.
 
     Raises:

@@ -1,8 +1,8 @@
 // Activations: values y(z) and derivatives y'(z), for any kind of number. M has its type and the functions of it that
 // the formulas need: cpu/activate.h for vectors.
 //
-// A new activation is a row of the table in activation_table.h and, unless it is piecewise linear, a struct of its two
-// functions and a line of with_curve().
+// A new activation is a row of the tables in activation_table.h and batchnorm_ext/_activations.py and, unless it is
+// piecewise linear, a struct of its two functions and a line of with_curve().
 #pragma once
 
 #include <cmath>

@@ -59,7 +59,7 @@ ActivatedGradients gradients_by_kernels(const Tensor& dy, const Saved& saved, co
   if (mask[0])
     std::tie(dx, dresidual) = call_grad_apply(operands, spec, wait(pending), saved.count);
   else if (saved.residual)  // it takes no part in the statistics
-    dresidual = std::get<3>(call_backward(operands, {saved.training, {}, {}, {}, spec.activation}));
+    dresidual = std::get<1>(call_grad_apply(operands, spec, sums, saved.count));
   return {std::move(dx), std::move(dweight), std::move(dbias), std::move(dresidual)};
 }
 
@@ -195,9 +195,13 @@ struct Norm {
   }
 };
 
+bool may_have_recipe(const Call& call) { return call.ranks.alone() && call.normalized_shape.empty(); }
+
 // What autograd refuses to save, before anything is written. A recipe has the bias too.
-void check_saved(const Operands& o, const Spec& s) {
-  const OptionalTensor& bias = s.activation.empty() && !is_recomputing() ? kNone : o.bias;
+void check_saved(const Call& call) {
+  const Operands& o = call.operands;
+  const bool saves_bias = !call.spec.activation.empty() || (may_have_recipe(call) && is_recomputing());
+  const OptionalTensor& bias = saves_bias ? o.bias : kNone;
   refusing([&] {
     for (const OptionalTensor& saved : {OptionalTensor(o.x), o.weight, bias, o.residual})
       TORCH_CHECK_NOT_IMPLEMENTED(!saved || !saved->is_inference(), "Inference tensors cannot be saved for backward");
@@ -210,11 +214,11 @@ Normalized differentiable(const Call& call) {
     auto [y, stats, count] = forward(call);
     return {std::move(y), std::move(stats)};
   }
-  check_saved(o, call.spec);
+  check_saved(call);
   Tensor stats;  // beside the graph: they have no derivative
   const auto run = [&](auto& node) {
     Outputs outputs = forward(call);
-    if (call.ranks.alone() && call.normalized_shape.empty()) node.recipe = recipe_for(o, outputs.stats, call.spec);
+    if (may_have_recipe(call)) node.recipe = recipe_for(o, outputs.stats, call.spec);
     Norm::save(node.ctx_, call, outputs);
     stats = std::move(outputs.stats);
     return std::move(outputs.y);

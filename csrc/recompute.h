@@ -74,8 +74,7 @@ struct Recomputed {
 // Whether the hooks of recompute_activations are the ones in effect.
 bool is_recomputing();
 
-// None where they are not the ones in effect, where no kernel maps again, and where more
-// would be kept than without.
+// None where is_recomputing() is false, where no kernel maps again, and where more would be kept than without.
 std::shared_ptr<Recipe> recipe_for(const Operands& o, const at::Tensor& stats, const Spec& s);
 
 // Which of the outputs that could be computed again are, in one thread: this share of their bytes.

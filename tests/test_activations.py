@@ -104,6 +104,9 @@ def test_operators_refuse_residuals_that_they_would_ignore(device):
     with pytest.raises(NotImplementedError, match="neither residual nor activation"):
         rows = p.x[None], p.weight, p.bias
         ops.batch_norm(*rows, *options, 6, True, 2, p.residual[None])
+    if device.type == "cuda":
+        with pytest.raises(NotImplementedError, match="for float64 on CUDA"):
+            ops.batch_norm(p.x.double(), None, None, *options, activation="relu")
     with pytest.raises(RuntimeError, match="expected no residual without an activation"):
         arguments = (p.dy, p.x, p.weight, p.bias, p.residual, stats, True, [True] * 3, None, 0, "")
         ops.batch_norm_activated_backward(*arguments)

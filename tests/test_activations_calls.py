@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from activations import MODULES, NORMS, C, fused, gradients, make_problem
 from batchnorm_ext import functional
-from support import assert_bitwise
+from batchnorm_ext._activations import ACTIVATIONS
+from support import assert_bitwise, ops
 
 pytestmark = pytest.mark.only("cpu", reason="of calls alone")
 
@@ -29,6 +30,21 @@ def test_unknown_activations_are_refused(activation):
     with pytest.raises(ValueError, match="expected activation to be one of .*relu, .*hardswish"):
         functional.batch_norm_act(x, mean, mean + 1, training=True, activation=activation)
     assert not mean.any()
+
+
+@torch.no_grad()
+def test_the_tables_of_python_and_of_the_operators_agree():
+    x = torch.randn(5, C) * 3
+    norm = (x, None, None, None, None, True, 1e-5)
+    with pytest.raises(ValueError) as error:
+        ops.batch_norm(*norm, activation="unknown")
+    names = str(error.value).partition("expected activation to be one of ")[2]
+    assert names.partition(", some with")[0].split(", ") == list(ACTIVATIONS)
+    for name, row in ACTIVATIONS.items():
+        numbers = [value for value in row.parameters.values() if not isinstance(value, str)]
+        full = f"{name}({', '.join(map(str, numbers))})" if numbers else name
+        found, expected = (ops.batch_norm(*norm, activation=text)[0] for text in (full, name))
+        assert_bitwise(name, found, expected)
 
 
 def test_residuals_that_do_not_fit_are_refused():

@@ -80,11 +80,14 @@ def test_evaluation_in_both_memory_formats(dtype, backend, device):
 def test_changing_sizes(device):
     """Dynamic shapes, also of a batch that is transposed in memory."""
     eager, module = (batchnorm_ext.BatchNorm1d(5).to(device) for _ in range(2))
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    layers = module, nn.BatchNorm1d(5).to(device)
+    options = {"fullgraph": True, "dynamic": True, "backend": "aot_eager"}
+    compiled, native = (torch.compile(layer, **options) for layer in layers)
     for batch, length in [(3, 4), (7, 9), (2, 33)]:
         x = torch.randn(batch, length, 5, device=device).transpose(1, 2)
         leaves = [x.clone().requires_grad_() for _ in range(2)]
         y, expected = compiled(leaves[0]), eager(leaves[1])
+        assert y.stride() == native(x).stride()
         torch.testing.assert_close(y, expected, **CLOSE)
         y.pow(3).sum().backward()
         expected.pow(3).sum().backward()

@@ -10,6 +10,7 @@ from torch import nn
 
 import batchnorm_ext
 from activations import ACTIVATIONS, PIECEWISE, C, bound, gradients, make_problem, oracle
+from batchnorm_ext import _recompute
 from support import assert_bitwise, assert_within
 from sync_problems import naming
 from test_sync_messages import assert_unchanged, counting_group, error, state
@@ -185,6 +186,7 @@ def test_nothing_is_saved_that_a_network_would_not_keep(ranks):
 
 
 def keep_outputs():
+    _recompute.log_kept_once.cache_clear()
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -199,7 +201,7 @@ def keep_outputs():
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
     said = "recompute_activations has no effect on outputs of SyncBatchNorm over several ranks"
-    assert records == [said]
+    assert records.count(said) == 1
     assert type(y) is torch.Tensor
     assert_bitwise("y", y, expected)
 

@@ -109,7 +109,7 @@ template <typename A>
 class SmoothActivation {
  public:
   using OfSaved = OfSum<A>;
-  static constexpr int kVectors = kVecs;
+  static constexpr int kVectors = kVecs;  // one call for each block
 
   explicit SmoothActivation(const Activation& a) : alpha_(static_cast<A>(a.slope)) {
     with_curve(a.curve, [&]<typename Of>(Of) {

@@ -219,9 +219,9 @@ __attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More
 }
 
 // out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
-// lane, and one vector of each input. An op with kVectors takes blocks of so many vectors, of fewer at the end, and
-// at(first lane of the q-th vector) as a function of q. With kStream all outputs must have the same offset from a
-// vector's boundary.
+// lane, and one vector of each input. An op with kVectors takes blocks of at least so many vectors, but for the end of
+// a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must have the same offset
+// from a vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
@@ -253,7 +253,7 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& 
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  // As few vectors at once as possible: of a block of results GCC 12 keeps a copy on the stack, which doubles the
+  // As few vectors at once as the op allows: of a block of results GCC 12 keeps a copy on the stack, which doubles the
   // writes.
   constexpr int kAtOnce = [] {
     if constexpr (requires { Op::kVectors; }) return std::max(kParts<T>, Op::kVectors);

@@ -192,7 +192,7 @@ struct ActivatedBackward : Backward<T> {
     return {g[0], g[0] * (static_cast<double>(x) - origin)};
   }
 
-  // In evaluation there may be no sums.
+  // In evaluation, and for dresidual alone, there may be no sums.
   template <int kCount>
   __device__ __forceinline__ void given(int64_t c, bool leads, A (&map)[kCount]) const {
     if (this->sums == nullptr) return this->set(c, {0, 0}, map);

@@ -116,6 +116,8 @@ void launch(const Forward<T>& op, const After& after, bool aligned, bool reduces
   if constexpr (!std::is_same_v<T, double>)
     launch(ActivatedForward<T>{op, after.residual_data<T>(), PackActivation<T>(after.activation)},
            request<ActivatedForward<T>>(op.geometry, aligned && after.is_aligned(), reduces, true));
+  else
+    TORCH_INTERNAL_ASSERT(false, "float64 has no kernels with an activation");
 }
 
 // What all backwards share: the tensors as the kernels take them.
@@ -158,6 +160,8 @@ struct Gradient {
                                 PackActivation<T>(after.activation)};
       if (maps && dresidual.defined()) with.dresidual = write<T>(dresidual);
       cuda::launch(with, request<ActivatedBackward<T>>(geometry, is_aligned && after.is_aligned(), reduces, maps));
+    } else {
+      TORCH_INTERNAL_ASSERT(false, "float64 has no kernels with an activation");
     }
   }
 };

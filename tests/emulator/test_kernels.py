@@ -29,8 +29,8 @@ from programs import (
 
 SOURCE = HERE / "kernels.cpp"
 
-# So many configurations of each operation, policy and dtype run in each mode. They differ, so that
-# all shapes and plans are among them. The mode that takes longest to compile comes first.
+# So many configurations of each operation, policy and dtype run in each mode. The dtypes take
+# turns: in plain mode they cover all shapes and plans. What takes longest to compile comes first.
 MODES = {"address": 10, "thread": 4, "plain": 32}
 IN_A_PROCESS = {"address": 4, "thread": 1, "plain": 8}
 # ThreadSanitizer takes 1.6 MB and a millisecond for each thread: it gets small grids. More teams
@@ -136,6 +136,13 @@ def configurations(op: str, policy: str, dtype: str) -> list[list[str]]:
             if s["data"] in NEAR and draw_after([True, False]):
                 s["activation"], s["residual"] = draw_after(AFTER)
     return [[f"{key}={value}" for key, value in s.items()] for s in settings]
+
+
+def turn_of(dtype: str, commands: list[list[str]], seed: str) -> list[list[str]]:
+    """The commands in an order in which the first of each dtype are others, as far as there are."""
+    random.Random(seed).shuffle(commands)
+    first = DTYPES.index(dtype) * MODES["plain"] % len(commands)
+    return commands[first:] + commands[:first]
 
 
 # Configurations that reach every barrier, in the dtype whose packs take two passes of a column.
@@ -246,13 +253,26 @@ def escapes(request, pool, tmp_path_factory) -> dict[Mutant, Future[list[str]]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_configurations(programs, pool, mode, op, policy, dtype):
     skip_without(mode)
-    commands = configurations(op, policy, dtype)
-    random.Random(f"{mode} {op} {policy} {dtype}").shuffle(commands)
+    commands = turn_of(dtype, configurations(op, policy, dtype), f"{op} {policy}")
     if mode == "thread":
         plain = programs["plain"].result()
         commands = (command for command in commands if blocks(plain, command) <= MOST_BLOCKS)
     commands = joined(list(islice(commands, MODES[mode])), IN_A_PROCESS[mode])
     assert_passes(programs[mode].result(), pool, commands, f"policy={policy} ")
+
+
+def test_dtypes_cover_all_shapes_and_plans():
+    def shape_and_plan(command):
+        return tuple(s for s in command if s.split("=")[0] in ("outer", "stats", "inner", "plan"))
+
+    for op in POLICIES:
+        for policy in POLICIES[op]:
+            every, some = set(), set()
+            for dtype in DTYPES:
+                commands = turn_of(dtype, configurations(op, policy, dtype), f"{op} {policy}")
+                every |= set(map(shape_and_plan, commands))
+                some |= set(map(shape_and_plan, commands[: MODES["plain"]]))
+            assert some == every
 
 
 @pytest.mark.parametrize("plan", ["policy=block", "policy=grid,ranks=2", "policy=split,ranks=2"])
