@@ -3,12 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
+#include <cstddef>
 #include <cstdint>
-
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 namespace batchnorm_ext::cpu {
 
@@ -16,16 +12,7 @@ namespace batchnorm_ext::cpu {
 // stay for whoever reads them next. A quarter of the last-level cache: input, gradient and output share it with other
 // threads. Half of it made the backward of 32x128x28x28 and 32x256x28x28 (float32, channels_last) 10 % slower (AMD
 // EPYC, 2 cores, 32 MB, tcmalloc).
-inline int64_t stream_bytes() {
-  static const int64_t bytes = [] {
-    int64_t cache = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return std::clamp<int64_t>(cache / 4, int64_t{8} << 20, int64_t{32} << 20);
-  }();
-  return bytes;
-}
+int64_t stream_bytes();
 
 constexpr size_t kAdvisedBytes = size_t{32} << 20;  // glibc takes such blocks from the system each time
 
