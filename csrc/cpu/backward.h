@@ -82,7 +82,7 @@ struct Backward {
  private:
   bool streams() const {
     const bool aligned = dresidual == nullptr || share_alignment(std::array{dx, dresidual});
-    return bytes_of<T>(geometry) >= stream_bytes() && aligned;
+    return pattern_streams<T>(geometry) && aligned;
   }
 
   bool is_activated() const { return activation.curve != Curve::kNone; }

@@ -42,6 +42,21 @@ bool share_alignment(const std::array<T*, kOutputs>& out) {
   return std::all_of(out.begin(), out.end(), [&](const T* p) { return place(p) == place(out[0]); });
 }
 
+// Whether outputs from `least` bytes on, written in runs of so many elements, are streamed: runs that share their cache
+// lines only if they are long.
+template <typename T>
+bool streams(const Geometry& geometry, int64_t run, int64_t least = stream_bytes()) {
+  constexpr int64_t line = 64, long_run = 1024;  // bytes
+  const int64_t bytes = run * static_cast<int64_t>(sizeof(T));
+  return bytes_of<T>(geometry) >= least && (bytes % line == 0 || bytes >= long_run);
+}
+
+// The same for what a pattern writes.
+template <typename T>
+bool pattern_streams(const Geometry& geometry) {
+  return streams<T>(geometry, has_long_runs(geometry) ? geometry.inner : geometry.channels * geometry.inner);
+}
+
 // f(std::true_type()) if outputs are large, to write them past the caches; otherwise f(std::false_type()).
 template <typename F>
 void stream_if(bool large, const F& f) {
@@ -54,7 +69,7 @@ void stream_if(bool large, const F& f) {
 // The same for an output of the size of its input, which is read twice.
 template <typename T, typename F>
 void with_streaming(const Geometry& geometry, const F& f) {
-  stream_if(bytes_of<T>(geometry) >= stream_bytes(), f);
+  stream_if(pattern_streams<T>(geometry), f);
 }
 
 // finish(first, width, mean, m2) takes the moments of each cell of x, then map(block, chunk) follows.
@@ -125,15 +140,11 @@ void map_range(const Geometry& g, const Op& op, const Acc<T>* const* coefficient
   }
 }
 
-// A map alone, where runs are long enough for it. It reads once, so that twice as much stays in the caches. Runs that
-// share their cache lines are streamed only if they are long.
+// A map alone, where runs are long enough for it. It reads once, so that twice as much stays in the caches.
 template <typename T, size_t kOutputs, typename Op, typename... In>
 void map_by_runs(const Geometry& geometry, const Op& op, const Acc<T>* const* coefficients,
                  const std::array<T*, kOutputs>& out, const In*... in) {
-  constexpr int64_t line = 64, long_run = 1024;  // bytes
-  const int64_t run = geometry.inner * static_cast<int64_t>(sizeof(T));
-  const bool large = bytes_of<T>(geometry) >= 2 * stream_bytes() && share_alignment(out);
-  stream_if(large && (run % line == 0 || run >= long_run), [&](auto streaming) {
+  stream_if(streams<T>(geometry, geometry.inner, 2 * stream_bytes()) && share_alignment(out), [&](auto streaming) {
     parallel(geometry.numel(), kGrainElements, [&](int64_t begin, int64_t end) {
       map_range<streaming.value>(geometry, op, coefficients, begin, end, out, in...);
     });
@@ -148,7 +159,7 @@ void map_tensor(const Geometry& geometry, const Op& op, const Acc<T>* const* coe
   if (geometry.inner >= kMappedRun || has_long_runs(geometry))
     return map_by_runs(geometry, op, coefficients, out, in...);
   const Column<T> pattern(geometry);
-  stream_if(bytes_of<T>(geometry) >= stream_bytes() && share_alignment(out), [&](auto streaming) {
+  stream_if(pattern_streams<T>(geometry) && share_alignment(out), [&](auto streaming) {
     map_all(Schedule(pattern), [&](int64_t block, int64_t chunk, Scratch& scratch) {
       pattern.template map<streaming.value>(block, chunk, op, coefficients, scratch, out, in...);
     });

@@ -19,6 +19,12 @@
 #include "cpu/passes.h"
 #include "problem.h"
 
+namespace batchnorm_ext::cpu {
+
+int64_t stream_bytes() { return int64_t{8} << 20; }  // memory.cpp takes PyTorch
+
+}  // namespace batchnorm_ext::cpu
+
 namespace {
 
 using namespace batchnorm_ext;

@@ -157,10 +157,10 @@ EDITS = [
         WRONG,
     ),
     (
-        "cells that are reduced together are all the first of them",
+        "few elements of a cell are all those of its first run",
         "row.h",
-        "starts[r] + run * stride() + i",
-        "starts[0] + run * stride() + i",
+        "in + run * stride() + i",
+        "in + i",
         WRONG,
     ),
     (
