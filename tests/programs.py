@@ -35,7 +35,6 @@ _FLAGS = (
     "-std=c++20 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off "
     "-fno-omit-frame-pointer -pthread"
 ).split()
-QUICK_TO_COMPILE = ("-Og",)  # of a mutant, which runs for less time than it takes to compile
 _OPTIONS = {
     "TSAN_OPTIONS": f"halt_on_error=1:exitcode={RACE}:atexit_sleep_ms=0",
     "ASAN_OPTIONS": f"exitcode={MEMORY}:detect_leaks=0",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,6 @@ import pytest
 from emulator.harness import HERE, MISUSE, assert_passes, build, mutants, run
 from programs import (
     CSRC,
-    QUICK_TO_COMPILE,
     RACE,
     WRONG,
     Mutant,
@@ -209,20 +208,17 @@ def all_mutants() -> Iterator[Mutant]:
         yield Mutant.edit(file, old, new, code)
 
 
-def compile_kernels(
-    mode: str, directory: Path, tree: Path = CSRC, defines: Iterable[str] = (), flags=()
-) -> Path:
+def compile_kernels(mode: str, directory: Path, tree: Path = CSRC, *defines: str) -> Path:
     """The program, with the headers of ``tree``."""
     defines = ("BATCHNORM_EXT_CUDA_THREADS=64", *defines)
-    return build(SOURCE, mode, defines=defines, include=[tree], flags=flags, directory=directory)
+    return build(SOURCE, mode, defines=defines, include=[tree], directory=directory)
 
 
 def escape(mutant: Mutant, directory: Path) -> list[str]:
     """How the configurations of the net ended; nothing if one of them reported the mutant."""
     inside = mutant.file.is_relative_to(CSRC)
     with mutant.tree(directory, CSRC if inside else HERE) as tree:
-        defines = [f"BATCHNORM_EXT_KERNELS_OF={NET_TYPE}"]
-        program = compile_kernels(mutant.mode, tree, tree, defines, QUICK_TO_COMPILE)
+        program = compile_kernels(mutant.mode, tree, tree, f"BATCHNORM_EXT_KERNELS_OF={NET_TYPE}")
         ends = []
         for settings in NET:
             result = run(program, *settings.split())
