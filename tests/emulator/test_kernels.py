@@ -16,15 +16,7 @@ from pathlib import Path
 import pytest
 
 from emulator.harness import HERE, MISUSE, assert_passes, build, mutants, run
-from programs import (
-    CSRC,
-    RACE,
-    WRONG,
-    Mutant,
-    selected,
-    skip_without,
-    unsupported,
-)
+from programs import CSRC, RACE, WRONG, Mutant, selected, skip_without, unsupported
 
 SOURCE = HERE / "kernels.cpp"
 
