@@ -99,17 +99,21 @@ def test_operators_refuse_residuals_that_they_would_ignore(device):
     p = make_problem((6, C), "contiguous", torch.float32, True, device)
     stats = torch.stack([p.mean, p.var]).double()
     options = (None, None, True, 1e-5)
-    with pytest.raises(NotImplementedError, match="neither residual nor activation"):
-        ops.batch_norm(p.x, p.weight, p.bias, *options, 2, True, 1, p.residual)
-    with pytest.raises(NotImplementedError, match="neither residual nor activation"):
-        rows = p.x[None], p.weight, p.bias
-        ops.batch_norm(*rows, *options, 6, True, 2, p.residual[None])
-    if device.type == "cuda":
-        with pytest.raises(NotImplementedError, match="for float64 on CUDA"):
-            ops.batch_norm(p.x.double(), None, None, *options, activation="relu")
+    groups = p.x, p.residual, 2, 1
+    rows = p.x[None], p.residual[None], 6, 2
+    for x, residual, count, dim in (groups, rows):
+        with pytest.raises(NotImplementedError, match="each element of a statistic has a weight"):
+            ops.batch_norm(x, p.weight, p.bias, *options, count, True, dim, residual)
     with pytest.raises(RuntimeError, match="expected no residual without an activation"):
         arguments = (p.dy, p.x, p.weight, p.bias, p.residual, stats, True, [True] * 3, None, 0, "")
         ops.batch_norm_activated_backward(*arguments)
+
+
+@pytest.mark.only("cuda", reason="a CPU has kernels for it")
+def test_float64_is_refused():
+    x = torch.randn(6, C, dtype=torch.float64, device="cuda")
+    with pytest.raises(NotImplementedError, match="neither residual nor activation for float64"):
+        ops.batch_norm(x, None, None, None, None, True, 1e-5, activation="relu")
 
 
 def test_operators_in_half_precision(device):

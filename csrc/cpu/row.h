@@ -210,7 +210,7 @@ class Row {
   }
 
   // The gradient sums of a cell with few elements, in registers as well. One cell after the other, in the order of
-  // memory: two at once took a sixth more time for 8x256x14x14 in 32 groups (float32), and no less for shorter cells.
+  // memory: two at once were slower.
   template <typename Grad, typename... In>
   void few_grad_sums(const Grad& grad, const A* mean, int64_t cell, const Span& s, double* sum, double* dot,
                      const In*... in) const {

@@ -77,6 +77,13 @@ def test_residual_without_an_activation():
     torch.testing.assert_close(y, plain + p.residual, rtol=1e-6, atol=1e-6)
 
 
+def test_float64_has_no_kernels():
+    """The operators refuse it on a GPU; a tensor that gets past that is not left unwritten."""
+    p = make_problem((3, C, 9, 7), "contiguous", torch.float64, False)
+    with pytest.raises(RuntimeError, match="float64 has no kernels with an activation"):
+        ops.batch_norm(p.x, p.weight, p.bias, None, None, True, EPS, activation="relu")
+
+
 @torch.no_grad()
 def test_gradients_of_sums_that_leave_float32():
     """Products of these overflow in float32, and are summed again in float64."""
