@@ -122,3 +122,9 @@ def ranks():
     yield groups.__getitem__
     for group in groups.values():
         group.stop()
+
+
+@pytest.fixture
+def no_hooks_are_left():
+    yield
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
