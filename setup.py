@@ -7,6 +7,7 @@ Environment:
                               where both nvcc and a CUDA build of torch are found
   TORCH_CUDA_ARCH_LIST        architectures to build the CUDA kernels for; by default those of the
                               GPUs that are visible, or all if there are none
+  CUDA_HOME                   the CUDA toolkit, by default the one of the nvcc on the PATH
 """
 
 import os
@@ -29,9 +30,29 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"batchnorm_ext needs setuptools >= 77 and found {setuptools.__version__}: run {INSTALL}"
     )
+
+
+def name_toolkit() -> None:
+    """Set CUDA_HOME to what nvcc says. torch takes the folder above, where a wrapper may lie."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named or not (nvcc := shutil.which("nvcc")):
+        return
+    plan = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    said = subprocess.run(plan, capture_output=True, text=True).stderr
+    if top := re.search(r"^#\$ TOP=(.+)$", said, re.M):
+        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+
+
+name_toolkit()
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import (
+        CUDA_HOME,
+        BuildExtension,
+        CppExtension,
+        CUDAExtension,
+        include_paths,
+    )
 except ImportError as error:
     raise SystemExit(
         "batchnorm_ext is compiled for the installed torch, and none can be imported here (build "
@@ -59,8 +80,8 @@ KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 # Symbols that only debuggers and profilers read.
 STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
 
-# The compute capabilities since Ampere that get code of their own.
-ARCHITECTURES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+# The first compute capability of each generation since Ampere: the others run its code too.
+ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
 NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
 
@@ -81,7 +102,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def check_compiler() -> None:
-    """Exit with one sentence if the compiler, its C++20 or Python's headers are missing."""
+    """Exit with one sentence if the compiler, its C++20 or headers of others are missing."""
     command = shlex.split(os.environ.get("CXX", "c++"))
     name = " ".join(command)
     if not command or shutil.which(command[0]) is None:
@@ -90,9 +111,9 @@ def check_compiler() -> None:
             "Ubuntu: apt install g++) or name one in the environment variable CXX"
         )
 
-    def error_of(code: str) -> str | None:
-        include = f"-I{sysconfig.get_path('include')}"
-        probe = [*command, "-std=c++20", include, "-fsyntax-only", "-x", "c++", "-"]
+    def error_of(code: str, *paths: str) -> str | None:
+        include = [f"-I{path}" for path in paths]
+        probe = [*command, "-std=c++20", *include, "-fsyntax-only", "-x", "c++", "-"]
         english = {**os.environ, "LC_ALL": "C"}
         done = subprocess.run(probe, input=code, capture_output=True, text=True, env=english)
         lines = [line for line in done.stderr.splitlines() if "error" in line]
@@ -102,11 +123,18 @@ def check_compiler() -> None:
         raise SystemExit(
             f"batchnorm_ext needs a C++20 compiler, such as GCC 11, and `{name}` is none: {error}"
         )
-    if error := error_of("#include <Python.h>\n"):
+    if error := error_of("#include <Python.h>\n", sysconfig.get_path("include")):
         version = platform.python_version()
         raise SystemExit(
             f"batchnorm_ext needs the C headers of Python {version} (Debian, Ubuntu: apt install "
             f"python3-dev): {error}"
+        )
+    cuda = include_paths("cuda") if with_cuda() else []
+    if cuda and (error := error_of("#include <cuda_runtime_api.h>\n", *cuda)):
+        raise SystemExit(
+            f"batchnorm_ext needs a CUDA toolkit with its C headers, and {CUDA_HOME} has none: "
+            "name another in the environment variable CUDA_HOME, or build without CUDA kernels by "
+            f"BATCHNORM_EXT_CUDA=0: {error}"
         )
 
 
