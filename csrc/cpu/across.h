@@ -90,8 +90,7 @@ class AcrossBackward {
     for (int q = 0; q < kVecs; ++q) dots[q] = totals[q] = zero;
     const auto step = [&]<int V>(int64_t j, const Block<A, V>& grad, const Block<A, V>& value,
                                  int64_t lanes) __attribute__((always_inline)) {
-      Block<A, V> out;
-      for (int q = 0; q < V; ++q) {
+      return make_block<A, V>([&](int q) {
         const auto of_cell = [&](int i) { return Vec<A>::loadu(cells.view()[i] + cell + j + q * Vec<A>::size()); };
         const Vec<A> d = value.v[q] - of_cell(0), scale = of_cell(3);
         Vec<A> term = grad.v[q] * at::vec::fmadd(d, scale, of_cell(4));
@@ -99,9 +98,8 @@ class AcrossBackward {
           term = Vec<A>::set(zero, term, std::clamp<int64_t>(lanes - q * Vec<A>::size(), 0, Vec<A>::size()));
         dots[q] = dots[q] + term;
         totals[q] = totals[q] + grad.v[q];
-        out.v[q] = scale * at::vec::fmsub(w, grad.v[q], at::vec::fmadd(d, of_cell(1), of_cell(2)));
-      }
-      return out;
+        return scale * at::vec::fmsub(w, grad.v[q], at::vec::fmadd(d, of_cell(1), of_cell(2)));
+      });
     };
     int64_t j = 0;
     const bool aligned = reinterpret_cast<intptr_t>(dx) % (Vec<T>::size() * sizeof(T)) == 0;

@@ -96,12 +96,12 @@ struct PiecewiseActivation {
   Piecewise<VectorMath<A>> of;
 
   template <int V>
-  void value(Block<A, V>& z) const {
-    for (Vec<A>& v : z.v) v = of.value(v);
+  Block<A, V> value(const Block<A, V>& z) const {
+    return make_block<A, V>([&](int q) { return of.value(z.v[q]); });
   }
   template <int V>
-  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
-    for (int q = 0; q < V; ++q) dy.v[q] = of.grad(dy.v[q], z.v[q]);
+  Block<A, V> grad(const Block<A, V>& dy, const Block<A, V>& z) const {
+    return make_block<A, V>([&](int q) { return of.grad(dy.v[q], z.v[q]); });
   }
 };
 
@@ -122,12 +122,16 @@ class SmoothActivation {
     });
   }
   template <int V>
-  void value(Block<A, V>& z) const {
-    value_(z.v, V, alpha_);
+  Block<A, V> value(const Block<A, V>& z) const {
+    Block<A, V> y = z;
+    value_(y.v, V, alpha_);
+    return y;
   }
   template <int V>
-  void grad(Block<A, V>& dy, const Block<A, V>& z) const {
-    grad_(dy.v, z.v, V, alpha_);
+  Block<A, V> grad(const Block<A, V>& dy, const Block<A, V>& z) const {
+    Block<A, V> dz = dy;
+    grad_(dz.v, z.v, V, alpha_);
+    return dz;
   }
 
  private:

@@ -137,9 +137,9 @@ class AlongBackward {
     const GradAffine<A> affine =
         make_grad_affine<A>(centre_of<A>(mean, invstd, n, slope_of(grads, n, invstd)), grads, n, mean, invstd, 1);
     const Vec<A> centre(affine.centre), slope(affine.slope), offset(affine.offset), scale(affine.scale);
-    const auto f = [&](int64_t j, const Vec<A>& grad, const Vec<A>& value) -> Outputs<A, 1> {
+    const auto f = [&](int64_t j, const Vec<A>& grad, const Vec<A>& value) {
       const Vec<A> along = at::vec::fmadd(value - centre, slope, offset);
-      return {scale * at::vec::fmsub(Vec<A>::loadu(weight + j), grad, along)};
+      return scale * at::vec::fmsub(Vec<A>::loadu(weight + j), grad, along);
     };
     transform<kStream>(std::array{dx}, g.per_stat, f, LaneIndex(), dy, x);
   }

@@ -38,8 +38,8 @@ inline bool has_parameters_within(const Geometry& g, const Domain& domain) {
 template <typename A>
 struct NormalizeRow {
   static constexpr int kCoefficients = 3, kParameters = 2;
-  Outputs<A, 1> operator()(const auto& c, const auto& p, const Vec<A>& x) const {
-    return {at::vec::fmadd(at::vec::fmadd(x - c[0], c[1], c[2]), p[0], p[1])};
+  Vec<A> operator()(const auto& c, const auto& p, const Vec<A>& x) const {
+    return at::vec::fmadd(at::vec::fmadd(x - c[0], c[1], c[2]), p[0], p[1]);
   }
 };
 

@@ -29,13 +29,14 @@ inline void flush(const LaneArray<A>& partial, const double* totals, bool first,
 // Bodies of inner loops are inlined on demand: what a compiler decides by itself depends on who else calls them.
 //
 // Calls body.operator()<V>(first vector, load) with load(p) the block of V vectors from there on: once for a full block
-// (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes.
-template <typename T, typename Body>
+// (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes. `order`: of a full block.
+template <Order order, typename T, typename Body>
 inline void for_each_part(int64_t lanes, const Body& body) {
   using A = Acc<T>;
   constexpr int V = kParts<T>;
   constexpr int64_t width = Vec<T>::size();
-  if (lanes == kLanes<A>) return body.template operator()<kVecs>(0, [](const T* p) { return load_block<kVecs>(p); });
+  if (lanes == kLanes<A>)
+    return body.template operator()<kVecs>(0, [](const T* p) { return load_block<kVecs, order>(p); });
   for (int64_t first = 0; first < lanes; first += width)
     body.template operator()<V>(first / Vec<A>::size(),
                                 [=](const T* p) { return load_block<V>(p + first, lanes - first); });
@@ -62,13 +63,13 @@ struct LaneMoments {
   int64_t n = 0, next_tile = kTile;
 
   // Adds `blocks` blocks, `stride` elements apart, of which the first `lanes` lanes exist.
-  template <typename T>
+  template <Order order = Order::kOfMemory, typename T>
   void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
-    if (n == 0 && blocks > 0) start(p, stride, std::min(blocks, kFirstTile), lanes);
+    if (n == 0 && blocks > 0) start<order>(p, stride, std::min(blocks, kFirstTile), lanes);
     while (blocks > 0) {
       if (n == next_tile) recentre();
       const int64_t tile = std::min(blocks, next_tile - n);
-      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
+      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sum[V], squares[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = k[first + q];
@@ -98,11 +99,11 @@ struct LaneMoments {
 
  private:
   // The first element alone is a poor centre where there are few elements.
-  template <typename T>
+  template <Order order = Order::kOfMemory, typename T>
   void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
     clear(k), clear(s1), clear(s2);
     const Vec<A> inverse(A(1) / static_cast<A>(blocks));
-    for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
+    for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
       const Block<A, V> x = load(p);
       Vec<A> sum[V];
       for (int q = 0; q < V; ++q) sum[q] = Vec<A>(0);
@@ -186,7 +187,7 @@ struct LaneGradSums {
   }
 
   // `more`: what grad takes beside dy and x.
-  template <typename T, typename Grad, typename... More>
+  template <Order order = Order::kOfMemory, typename T, typename Grad, typename... More>
   void add(Grad grad, int64_t stride, int64_t blocks, int64_t lanes, const T* dy, const T* x, const More*... more) {
     int64_t at = 0;
     while (blocks > 0) {
@@ -196,7 +197,7 @@ struct LaneGradSums {
         restart();
       }
       const int64_t tile = std::min(blocks, kTile - n);
-      for_each_part<T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
+      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
         Coefficients<A, kCoefficients> c[V];
         for (int q = 0; q < V; ++q) {

@@ -33,7 +33,7 @@ class CoefficientTable {
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
-  Outputs<A, 1> operator()(const auto& c, const Vec<A>& x) const { return {OfInput<A>()(c.data(), x)}; }
+  Vec<A> operator()(const auto& c, const Vec<A>& x) const { return OfInput<A>()(c.data(), x); }
 };
 
 // y = activation(z), with z from the same coefficients (activate.h)
@@ -44,10 +44,7 @@ struct NormalizeActivate {
   Act act;
   template <int V>
   std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
-    std::array<Block<A, V>, 1> y;
-    for (int q = 0; q < V; ++q) y[0].v[q] = Z()(c(q).data(), x.v[q], residual.v[q]...);
-    act.value(y[0]);
-    return y;
+    return {act.value(make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], residual.v[q]...); }))};
   }
 };
 
@@ -55,8 +52,8 @@ struct NormalizeActivate {
 template <typename A>
 struct NormalizeGrad {
   static constexpr int kCoefficients = 4;
-  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
-    return {c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]))};
+  Vec<A> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
+    return c[3] * (dy - at::vec::fmadd(x - c[0], c[1], c[2]));
   }
 };
 
@@ -64,8 +61,8 @@ struct NormalizeGrad {
 template <typename A>
 struct GroupGrad {
   static constexpr int kCoefficients = 5;
-  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
-    return {c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]))};
+  Vec<A> operator()(const auto& c, const Vec<A>& dy, const Vec<A>& x) const {
+    return c[3] * at::vec::fmsub(c[4], dy, at::vec::fmadd(x - c[0], c[1], c[2]));
   }
 };
 
@@ -73,7 +70,7 @@ struct GroupGrad {
 template <typename A>
 struct Scale {
   static constexpr int kCoefficients = 1;
-  Outputs<A, 1> operator()(const auto& c, const Vec<A>& dy) const { return {c[0] * dy}; }
+  Vec<A> operator()(const auto& c, const Vec<A>& dy) const { return c[0] * dy; }
 };
 
 // g = dy * activation'(z), for the sums. `more`: what z takes beside x.
@@ -87,9 +84,7 @@ struct ActivatedGrad {
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {
-    Block<A, V> g = dy;
-    act.grad(g, make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], more.v[q]...); }));
-    return g;
+    return act.grad(dy, make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], more.v[q]...); }));
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
     const auto all = [](double v) { return Block<A, 1>{Vec<A>(static_cast<A>(v))}; };
@@ -113,15 +108,16 @@ struct ActivatedNormalizeGrad {
   template <int V>
   std::array<Block<A, V>, kOutputs> operator()(const auto& of, const Block<A, V>& dy, const Block<A, V>& x,
                                                const auto&... more) const {
-    std::array<Block<A, V>, kOutputs> out;
-    Block<A, V>& g = out[kOutputs - 1];
-    g = dy;
-    act.grad(g, make_block<A, V>([&](int q) { return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...); }));
-    for (int q = 0; q < V; ++q) {
+    const Block<A, V> g =
+        act.grad(dy, make_block<A, V>([&](int q) { return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...); }));
+    const Block<A, V> dx = make_block<A, V>([&](int q) {
       const auto& c = of(q);
-      out[0].v[q] = c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
-    }
-    return out;
+      return c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
+    });
+    if constexpr (kOutputs == 1)
+      return {dx};
+    else
+      return {dx, g};
   }
 };
 

@@ -22,6 +22,7 @@ class Row {
   static constexpr int64_t kShortRun = 4;           // blocks of lanes
   static constexpr int64_t kBlock = 1024;           // elements of a block of several statistics, at most,
   static constexpr int64_t kMostStats = 16;         // and these statistics
+  static constexpr Order kOrder = Order::kAny;      // of what is summed
   static constexpr int kMomentsTogether = 4;        // cells with few elements whose moments are taken at once
 
  public:
@@ -128,8 +129,9 @@ class Row {
   void cell_moments(const T* x, const Span& s, double* mean, double* m2) const {
     const int64_t whole = s.length / L, rest = s.length % L;
     LaneMoments<A> body, tail;
-    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(x + at, step, blocks); });
-    if (rest) tail.add(x + whole * L, stride(), s.runs, rest);
+    for_each_stretch(
+        s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.template add<kOrder>(x + at, step, blocks); });
+    if (rest) tail.template add<kOrder>(x + whole * L, stride(), s.runs, rest);
     double memory[4][2 * L];
     const MomentSets sets{memory[0], memory[1], memory[2], memory[3]};
     if (whole) sets.take(0, body, L);
@@ -150,9 +152,10 @@ class Row {
     LaneGradSums<A, Grad::kCoefficients> body, tail;
     if (whole) body.reset(load);
     if (rest) tail.reset(load);
-    for_each_stretch(s, whole,
-                     [&](int64_t at, int64_t step, int64_t blocks) { body.add(grad, step, blocks, L, (in + at)...); });
-    if (rest) tail.add(grad, stride(), s.runs, rest, (in + whole * L)...);
+    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) {
+      body.template add<kOrder>(grad, step, blocks, L, (in + at)...);
+    });
+    if (rest) tail.template add<kOrder>(grad, stride(), s.runs, rest, (in + whole * L)...);
     double sums[2 * L], dots[2 * L];
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);
@@ -192,7 +195,7 @@ class Row {
     };
     int64_t i = 0;
     for (; i + kPart <= n; i += kPart)
-      for (int r = 0; r < R; ++r) add(r, load_block<V>(rows[r] + i));
+      for (int r = 0; r < R; ++r) add(r, load_block<V, kOrder>(rows[r] + i));
     for (int r = 0; i < n && r < R; ++r) {
       Block<A, V> v = load_block<V>(rows[r] + i, n - i);
       for (int q = 0; q < V; ++q)
@@ -241,7 +244,7 @@ class Row {
   static void for_each_load(int64_t n, const F& f) {
     constexpr int V = kParts<T>;
     int64_t i = 0;
-    for (; i + kPart <= n; i += kPart) f(i, [](const T* p) { return load_block<V>(p); });
+    for (; i + kPart <= n; i += kPart) f(i, [](const T* p) { return load_block<V, kOrder>(p); });
     if (i < n) f(i, [=](const T* p) { return load_block<V>(p, n - i); });
   }
 

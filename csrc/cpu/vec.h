@@ -9,7 +9,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -36,12 +35,19 @@ struct Block {
   Vec<A> v[V];
 };
 
-// f(q) for the vectors of a block.
+// f(0), f(1)... up to n. Of an array that a loop goes through, GCC 12 leaves copies on the stack, even where it unrolls
+// the loop: writes that cost more than those of the results.
+template <int n, typename F>
+__attribute__((always_inline)) inline void unrolled(const F& f) {
+  [&]<int... q>(std::integer_sequence<int, q...>)
+      __attribute__((always_inline)) { (f(q), ...); }(std::make_integer_sequence<int, n>());
+}
+
+// The block of f(0), f(1)...
 template <typename A, int V, typename F>
 __attribute__((always_inline)) inline Block<A, V> make_block(const F& f) {
-  Block<A, V> block;
-  for (int q = 0; q < V; ++q) block.v[q] = f(q);
-  return block;
+  return [&]<int... q>(std::integer_sequence<int, q...>)
+             __attribute__((always_inline)) { return Block<A, V>{{f(q)...}}; }(std::make_integer_sequence<int, V>());
 }
 
 // One value for each lane of a full block, in memory and not initialized.
@@ -56,20 +62,31 @@ struct LaneArray {
 // Widens V vectors. `from(first)` gives one vector of T.
 template <typename T, int V, typename From>
 __attribute__((always_inline)) inline Block<Acc<T>, V> widen(const From& from) {
-  Block<Acc<T>, V> block;
-  for (int q = 0; q < V; q += kParts<T>) {
+  return make_block<Acc<T>, V>([&](int q) __attribute__((always_inline)) {
     const Vec<T> part = from(q / kParts<T> * Vec<T>::size());
-    if constexpr (kParts<T> == 1)
-      block.v[q] = part;
-    else
-      std::tie(block.v[q], block.v[q + 1]) = at::vec::convert_to_float<T>(part);
-  }
-  return block;
+    if constexpr (kParts<T> == 1) {
+      return part;
+    } else {
+      const auto [low, high] = at::vec::convert_to_float<T>(part);
+      return q % 2 == 0 ? low : high;
+    }
+  });
 }
 
-template <int V, typename T>
+// Which lane has which element of a block. Sums of all lanes need no order, without which bfloat16 is widened in half
+// the instructions: the upper half of each 32 bits is one value, the lower half another.
+enum class Order { kOfMemory, kAny };
+
+template <int V, Order order = Order::kOfMemory, typename T>
 __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p) {
-  return widen<T, V>([&](int64_t first) __attribute__((always_inline)) { return Vec<T>::loadu(p + first); });
+  if constexpr (order == Order::kAny && std::is_same_v<T, c10::BFloat16>)
+    return make_block<float, V>([&](int q) __attribute__((always_inline)) {
+      using Bits = at::vec::Vectorized<int32_t>;
+      const Bits pairs = Bits::loadu(p + q / 2 * Vec<T>::size());
+      return at::vec::cast<float>(q % 2 == 0 ? pairs << Bits(16) : pairs & Bits(static_cast<int32_t>(0xffff0000)));
+    });
+  else
+    return widen<T, V>([&](int64_t first) __attribute__((always_inline)) { return Vec<T>::loadu(p + first); });
 }
 
 // Loads the first `count` elements; the other lanes are zero.
@@ -94,13 +111,13 @@ inline Vec<T> narrow_pair(const Vec<float>& low, const Vec<float>& high) {
 
 // Narrows a block and calls put(vector of T, index of its first element) for each vector of it.
 template <typename T, int V, typename Put>
-inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
-  for (int q = 0; q < V; q += kParts<T>) {
+__attribute__((always_inline)) inline void narrow(const Block<Acc<T>, V>& block, const Put& put) {
+  unrolled<V / kParts<T>>([&](int i) __attribute__((always_inline)) {
     if constexpr (kParts<T> == 1)
-      put(block.v[q], q * Vec<T>::size());
+      put(block.v[i], i * Vec<T>::size());
     else
-      put(narrow_pair<T>(block.v[q], block.v[q + 1]), q / kParts<T> * Vec<T>::size());
-  }
+      put(narrow_pair<T>(block.v[2 * i], block.v[2 * i + 1]), i * Vec<T>::size());
+  });
 }
 
 // The lower and the upper half of the lanes in fp64, in registers as below.
@@ -180,18 +197,14 @@ inline void stream_fence() {
 }
 
 template <bool kStream, typename T, int V>
-inline void store_block(T* p, const Block<Acc<T>, V>& block) {
-  narrow<T>(block, [&](const Vec<T>& part, int64_t first) {
+__attribute__((always_inline)) inline void store_block(T* p, const Block<Acc<T>, V>& block) {
+  narrow<T>(block, [&](const Vec<T>& part, int64_t first) __attribute__((always_inline)) {
     if constexpr (kStream)
       stream(part, p + first);
     else
       part.store(p + first);
   });
 }
-
-// What a map writes: a vector for each of so many tensors.
-template <typename A, size_t kOutputs>
-using Outputs = std::array<Vec<A>, kOutputs>;
 
 // What a map or a sum knows of the cells of a vector's lanes.
 template <typename A, int kCount>
@@ -218,43 +231,38 @@ __attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More
   if constexpr (sizeof...(More) > 0) prefetch_ahead(more...);
 }
 
-// out[k][i] = op(at(i), in[i]...)[k] for i in [0, n): `op` takes what `at` gives for the index of a vector's first
-// lane, and one vector of each input. An op with kVectors takes blocks of at least so many vectors, but for the end of
-// a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must have the same offset
-// from a vector's boundary.
+// out[i] = op(at(i), in[i]...) for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane, and
+// one vector of each input. An op with kVectors has several outputs: it takes blocks of at least so many vectors, but
+// for the end of a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must have
+// the same offset from a vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
-  const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) {
+  const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) __attribute__((always_inline)) {
     const auto here = [&](int q) -> decltype(auto) { return at(i + q * Vec<A>::size()); };
-    if constexpr (requires { Op::kVectors; }) {
+    if constexpr (requires { Op::kVectors; })
       return op(here, x, more...);
-    } else {
-      std::array<Block<A, V>, kOutputs> y;
-      for (int q = 0; q < V; ++q) {
-        const Outputs<A, kOutputs> values = op(here(q), x.v[q], more.v[q]...);
-        for (size_t k = 0; k < kOutputs; ++k) y[k].v[q] = values[k];
-      }
-      return y;
-    }
+    else
+      return std::array{
+          make_block<A, V>([&](int q) __attribute__((always_inline)) { return op(here(q), x.v[q], more.v[q]...); })};
   };
-  const auto step = [&]<int V, bool kThisStream>(int64_t i) {
+  const auto step = [&]<int V, bool kThisStream>(int64_t i) __attribute__((always_inline)) {
     const auto y = apply(i, load_block<V>(in + i)...);
-    for (size_t k = 0; k < kOutputs; ++k) store_block<kThisStream>(out[k] + i, y[k]);
+    unrolled<kOutputs>([&](int k) __attribute__((always_inline)) { store_block<kThisStream>(out[k] + i, y[k]); });
   };
   const auto partial = [&](int64_t i, int64_t count) {
     const auto y = apply(i, load_block<kParts<T>>(in + i, count)...);
-    for (size_t k = 0; k < kOutputs; ++k)
+    unrolled<kOutputs>([&](int k) __attribute__((always_inline)) {
       narrow<T>(y[k], [&](const Vec<T>& part, int64_t) { part.store(out[k] + i, count); });
+    });
   };
   int64_t i = 0;
   if constexpr (kStream) {
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  // As few vectors at once as the op allows: of a block of results GCC 12 keeps a copy on the stack, which doubles the
-  // writes.
+  // As few vectors at once as the op allows, for as few of them to keep.
   constexpr int kAtOnce = [] {
     if constexpr (requires { Op::kVectors; }) return std::max(kParts<T>, Op::kVectors);
     return kParts<T>;
