@@ -19,9 +19,9 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     .. math:: w = g \frac{v}{\lVert v \rVert}
 
     Source: Salimans & Kingma, *Weight Normalization: A Simple Reparameterization to Accelerate
-    Training of Deep Neural Networks*, 2016, equation 2. Forward and backward are one kernel each,
-    those of the root mean square normalization: :math:`\lVert v \rVert` is the root of the mean
-    square of its n elements, times :math:`\sqrt n`. Derivatives are right in any order. On CUDA it
+    Training of Deep Neural Networks*, 2016, equation 2. Forward and backward are one kernel each:
+    PyTorch's fused ones for the first and the last dimension, otherwise those of the root mean
+    square normalization. Derivatives are right in any order. On CUDA it
     is PyTorch's own function.
 
     Args:
@@ -63,7 +63,16 @@ class _WeightNorm(_Native):
 
 def _normalized(v: Tensor, g: Tensor, dim: int) -> Tensor | None:
     """``g * v / norm(v)``, or None where PyTorch has to look at the arguments."""
-    norms = 1 if dim == -1 else v.shape[dim] if 0 <= dim < v.dim() else None
+    whole, shape = dim == -1, v.shape
+    norms = 1 if whole else shape[dim] if 0 <= dim < len(shape) else -1
     if v.numel() == 0 or g.numel() != norms or v.dtype != g.dtype:
         return None
-    return _ops.weight_norm(v, g, dim)
+    if dim in (0, len(shape) - 1):
+        return _ops.weight_norm(v, g, dim)
+    # channels of v.view(before, norms, after) by the root of their mean square
+    x = v.reshape(1, 1, -1) if whole else v.reshape(shape[:dim].numel(), norms, -1)
+    # norm = root mean square * root of the number of elements; halves would round the factor
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    scale = g.reshape(-1).to(dtype) * (v.numel() // norms) ** -0.5
+    y = _ops.batch_norm(x, scale, None, None, None, True, 0.0, 0, False, 1, None, "")
+    return y.view(shape)
