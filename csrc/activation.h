@@ -89,18 +89,19 @@ struct Silu {
   }
 };
 
-// Hendrycks & Gimpel 2016, "Gaussian error linear units", eq. 1; its approximation is GeluTanh.
+// Hendrycks & Gimpel 2016, "Gaussian error linear units", eq. 1; its approximation is GeluTanh. M::normal_cdf(z, e) is
+// the distribution function of the standard normal distribution, given e = exp(-z^2 / 2).
 struct Gelu {
-  static constexpr double kRootHalf = 0.70710678118654752, kDensity = 0.39894228040143268;  // 1/sqrt(2), 1/sqrt(2 pi)
+  static constexpr double kDensity = 0.39894228040143268;  // 1 / sqrt(2 pi)
 
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V value(const V& z, const V&) {
-    return z * V(0.5) * (V(1) + M::erf(z * V(kRootHalf)));
+    return z * M::normal_cdf(z, M::exp(V(-0.5) * z * z));
   }
   template <typename M, typename V = typename M::V>
   BATCHNORM_EXT_HD static V grad(const V& dy, const V& z, const V&) {
-    const V below = V(0.5) * (V(1) + M::erf(z * V(kRootHalf)));
-    return dy * (below + z * (V(kDensity) * M::exp(V(-0.5) * z * z)));
+    const V e = M::exp(V(-0.5) * z * z);
+    return dy * (M::normal_cdf(z, e) + z * (V(kDensity) * e));
   }
 };
 

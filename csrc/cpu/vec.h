@@ -158,6 +158,29 @@ inline double sum_of_lanes(const Vec<double>& v) {
 #endif
 }
 
+// A vector as the compiler's own type, whose comparisons are masks that select() reads: at::vec turns the masks of
+// AVX-512 into vectors and back.
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m512 native(const Vec<float>& v) { return v; }
+inline __m512d native(const Vec<double>& v) { return v; }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline __m256 native(const Vec<float>& v) { return v; }
+inline __m256d native(const Vec<double>& v) { return v; }
+#else
+template <typename A>
+const Vec<A>& native(const Vec<A>& v) {
+  return v;
+}
+#endif
+
+template <typename A, typename Mask>
+__attribute__((always_inline)) inline Vec<A> select(const Mask& which, const Vec<A>& a, const Vec<A>& b) {
+  if constexpr (std::is_same_v<Mask, Vec<A>>)
+    return Vec<A>::blendv(b, a, which);
+  else
+    return which ? native(a) : native(b);
+}
+
 // v * 2^n for whole numbers n, also where 2^n alone is none that fp32 has.
 inline Vec<float> times_power_of_two(const Vec<float>& v, const Vec<float>& n) {
 #if defined(CPU_CAPABILITY_AVX512)

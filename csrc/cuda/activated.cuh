@@ -14,7 +14,7 @@ struct DeviceMath {
   __device__ static __forceinline__ A exp(A z) { return ::exp(z); }
   __device__ static __forceinline__ A expm1(A z) { return ::expm1(z); }
   __device__ static __forceinline__ A tanh(A z) { return ::tanh(z); }
-  __device__ static __forceinline__ A erf(A z) { return ::erf(z); }
+  __device__ static __forceinline__ A normal_cdf(A z, A) { return A(0.5) * (A(1) + ::erf(z * A(0.70710678118654752))); }
 };
 
 // Activates the elements of a pack, for which it looks up the curve once. The bounds are rounded to T: backward
