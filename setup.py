@@ -70,7 +70,7 @@ FLAGS += ["-std=c++20"]
 FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 WARNINGS = [
     *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"),
-    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"),
 ]
 # at::parallel_for is inlined into the kernels, and serial there without it.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
