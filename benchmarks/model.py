@@ -25,6 +25,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 import batchnorm_ext
 import batchnorm_ext.backend  # registers it
@@ -124,6 +126,8 @@ def main() -> None:
     if args.quick:
         args.batch, args.size, args.rounds = 2, 64, 1
     environment.start(args)
+    # a graph in the cache may have been compiled for another build of this library
+    inductor.fx_graph_cache = functorch.enable_autograd_cache = False
     if args.settings:
         return run_settings(args)
     columns = ("network", "dtype", "layout", "batch")

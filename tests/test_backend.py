@@ -1,11 +1,13 @@
 """torch.compile(backend="batchnorm_ext"): the numbers of the model, fused calls in its graph."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import batchnorm_ext
 import batchnorm_ext.backend  # registers it, where no installed package says so
@@ -177,6 +179,21 @@ def test_inductor(reports):
     with torch.no_grad():  # float32: a few roundings of values of order 1
         torch.testing.assert_close(fused(x), model(x), rtol=1e-6, atol=1e-6)
     assert len(reports[0].done) == 1
+
+
+def test_layouts_of_inductor_are_not_copied():
+    """On a CPU it keeps what convolutions read and write in channels_last."""
+    model = around(nn.Conv2d(C, C, 3), norm(), nn.ReLU(), nn.Conv2d(C, C, 3)).float()
+    x = image().float()
+    expected = copy.deepcopy(model)(x)
+    model.compile(backend="batchnorm_ext")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        y, (code,) = run_and_get_code(model, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)  # float32 sums of 9 * C terms
+    read = re.search(
+        r"(\w+) = extern_kernels\.convolution.*?batch_norm_update\.default\((\w+)", code, re.S
+    )
+    assert read[1] == read[2], code
 
 
 def test_unknown_backend():
