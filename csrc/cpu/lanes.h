@@ -99,7 +99,7 @@ struct LaneMoments {
 
  private:
   // The first element alone is a poor centre where there are few elements.
-  template <Order order = Order::kOfMemory, typename T>
+  template <Order order, typename T>
   void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
     clear(k), clear(s1), clear(s2);
     const Vec<A> inverse(A(1) / static_cast<A>(blocks));

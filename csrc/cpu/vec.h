@@ -35,8 +35,8 @@ struct Block {
   Vec<A> v[V];
 };
 
-// f(0), f(1)... up to n. Of an array that a loop goes through, GCC 12 leaves copies on the stack, even where it unrolls
-// the loop: writes that cost more than those of the results.
+// f(0), f(1)..., n of them. Not a loop: of an array that one goes through, GCC 12 leaves copies on the stack, even
+// where it unrolls the loop.
 template <int n, typename F>
 __attribute__((always_inline)) inline void unrolled(const F& f) {
   [&]<int... q>(std::integer_sequence<int, q...>)
@@ -73,8 +73,8 @@ __attribute__((always_inline)) inline Block<Acc<T>, V> widen(const From& from) {
   });
 }
 
-// Which lane has which element of a block. Sums of all lanes need no order, without which bfloat16 is widened in half
-// the instructions: the upper half of each 32 bits is one value, the lower half another.
+// Which lane has which element of a block. Where all lanes are summed, any will do: bfloat16 then takes half the
+// instructions to widen, as the upper and the lower half of each 32 bits.
 enum class Order { kOfMemory, kAny };
 
 template <int V, Order order = Order::kOfMemory, typename T>
@@ -158,8 +158,8 @@ inline double sum_of_lanes(const Vec<double>& v) {
 #endif
 }
 
-// A vector as the compiler's own type, whose comparisons are masks that select() reads: at::vec turns the masks of
-// AVX-512 into vectors and back.
+// A vector as the compiler's own type. Comparisons of these give masks, which select() takes; those of at::vec turn the
+// masks of AVX-512 into vectors, and its blendv turns them back.
 #if defined(CPU_CAPABILITY_AVX512)
 inline __m512 native(const Vec<float>& v) { return v; }
 inline __m512d native(const Vec<double>& v) { return v; }
@@ -285,7 +285,7 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& 
     i = std::min<int64_t>(n, (-reinterpret_cast<intptr_t>(out[0]) & (width * sizeof(T) - 1)) / sizeof(T));
     if (i > 0) partial(0, i);
   }
-  // As few vectors at once as the op allows, for as few of them to keep.
+  // As few vectors at once as the op allows: all stay in registers.
   constexpr int kAtOnce = [] {
     if constexpr (requires { Op::kVectors; }) return std::max(kParts<T>, Op::kVectors);
     return kParts<T>;
