@@ -7,7 +7,8 @@ Environment:
                               where both nvcc and a CUDA build of torch are found
   TORCH_CUDA_ARCH_LIST        architectures to build the CUDA kernels for; by default those of the
                               GPUs that are visible, or all if there are none
-  CUDA_HOME                   the CUDA toolkit, by default the one of the nvcc on the PATH
+  CUDA_HOME, CUDA_PATH        the CUDA toolkit; by default that of the nvcc on the PATH, or
+                              /usr/local/cuda
 """
 
 import os
@@ -32,18 +33,33 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 
-def name_toolkit() -> None:
-    """Set CUDA_HOME to what nvcc says. torch takes the folder above, where a wrapper may lie."""
+def is_toolkit(path: Path) -> bool:
+    return (path / "bin" / "nvcc").exists() and (path / "include" / "cuda_runtime_api.h").exists()
+
+
+def toolkit() -> str | None:
+    """The toolkit of the nvcc on the PATH, where torch would look for it in vain.
+
+    torch takes the folder above that of nvcc, which is no toolkit if that nvcc is a wrapper.
+    """
+    nvcc = shutil.which("nvcc")
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if named or not (nvcc := shutil.which("nvcc")):
-        return
+    if not nvcc or named or os.environ.get("BATCHNORM_EXT_CUDA") == "0":
+        return None
+    if is_toolkit(Path(nvcc).parents[1]):
+        return None
     plan = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
-    said = subprocess.run(plan, capture_output=True, text=True).stderr
-    if top := re.search(r"^#\$ TOP=(.+)$", said, re.M):
-        os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        said = subprocess.run(plan, **pipes, text=True, errors="replace", timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.M)
+    return os.path.realpath(top[1]) if top and is_toolkit(Path(top[1])) else None
 
 
-name_toolkit()
+if found := toolkit():
+    os.environ["CUDA_HOME"] = found  # which torch reads as it is imported
 try:
     import torch
     from torch.utils.cpp_extension import (
@@ -68,6 +84,7 @@ FLAGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno", "-ffp-cont
 FLAGS += ["-std=c++20"]
 # calls between the kernels need not go through the linkage table
 FLAGS += ["-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+# psabi: vectors are passed between functions of one build only.
 WARNINGS = [
     *("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"),
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"),
@@ -80,8 +97,10 @@ KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 # Symbols that only debuggers and profilers read.
 STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
 
-# The first compute capability of each generation since Ampere: the others run its code too.
+# The first of each major compute capability since Ampere: later ones of it run its code. Without
+# 11, of embedded systems.
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+BLACKWELL = (10, 0)  # which CUDA knows from 12.8 on
 NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
 
@@ -102,7 +121,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def check_compiler() -> None:
-    """Exit with one sentence if the compiler, its C++20 or headers of others are missing."""
+    """Exit with one sentence if the compiler, its C++20, or headers of Python or CUDA lack."""
     command = shlex.split(os.environ.get("CXX", "c++"))
     name = " ".join(command)
     if not command or shutil.which(command[0]) is None:
@@ -112,7 +131,8 @@ def check_compiler() -> None:
         )
 
     def error_of(code: str, *paths: str) -> str | None:
-        include = [f"-I{path}" for path in paths]
+        flags = " ".join(os.environ.get(f"{kind}FLAGS", "") for kind in ("C", "CPP", "CXX"))
+        include = [*shlex.split(flags), *(f"-I{path}" for path in paths)]
         probe = [*command, "-std=c++20", *include, "-fsyntax-only", "-x", "c++", "-"]
         english = {**os.environ, "LC_ALL": "C"}
         done = subprocess.run(probe, input=code, capture_output=True, text=True, env=english)
@@ -129,8 +149,8 @@ def check_compiler() -> None:
             f"batchnorm_ext needs the C headers of Python {version} (Debian, Ubuntu: apt install "
             f"python3-dev): {error}"
         )
-    cuda = include_paths("cuda") if with_cuda() else []
-    if cuda and (error := error_of("#include <cuda_runtime_api.h>\n", *cuda)):
+    header = "#include <cuda_runtime_api.h>\n"
+    if with_cuda() and (error := error_of(header, *include_paths("cuda"))):
         raise SystemExit(
             f"batchnorm_ext needs a CUDA toolkit with its C headers, and {CUDA_HOME} has none: "
             "name another in the environment variable CUDA_HOME, or build without CUDA kernels by "
@@ -162,7 +182,9 @@ def architectures() -> str:
     gpus = sorted({torch.cuda.get_device_capability(index) for index in range(count)})
     if for_gpus := [covering(gpu) for gpu in gpus if gpu >= ARCHITECTURES[0]]:
         return " ".join(dict.fromkeys(for_gpus))
-    return " ".join(map(covering, ARCHITECTURES)) + "+PTX"
+    version = tuple(map(int, torch.version.cuda.split(".")))
+    known = [each for each in ARCHITECTURES if each < BLACKWELL or version >= (12, 8)]
+    return " ".join(map(covering, known)) + "+PTX"
 
 
 def covering(gpu: tuple[int, int]) -> str:

@@ -90,7 +90,8 @@ struct Silu {
 };
 
 // Hendrycks & Gimpel 2016, "Gaussian error linear units", eq. 1; its approximation is GeluTanh. M::normal_cdf(z, e) is
-// the distribution function of the standard normal distribution, given e = exp(-z^2 / 2).
+// the distribution function of the standard normal distribution. Vectors compute it from e = exp(-z^2 / 2), which the
+// derivative needs as well.
 struct Gelu {
   static constexpr double kDensity = 0.39894228040143268;  // 1 / sqrt(2 pi)
 

@@ -152,7 +152,7 @@ def test_special_values_are_those_of_pytorch(activation, device):
         if activation in PIECEWISE:
             assert_bitwise("y", y, native)
         else:
-            # gelu adds -1 and 1 for large negative values, here and there: some roundings of z / 2
+            # PyTorch's gelu adds -1 and 1 for large negative values: some roundings of z / 2
             torch.testing.assert_close(y, native, rtol=1e-5, atol=1e-6, equal_nan=True)
         (wanted,) = torch.autograd.grad(native.sum(), z)
         (found,) = torch.autograd.grad(y.sum(), x if given is None else residual)

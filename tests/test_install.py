@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 def setup(monkeypatch):
     """The names that setup.py defines."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # which it may change
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
@@ -74,35 +75,44 @@ def test_no_headers_of_python(setup, monkeypatch, tmp_path):
 
 @pytest.fixture
 def wrapper(monkeypatch, tmp_path):
-    """Puts an nvcc on the PATH that only calls the one of a toolkit elsewhere."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+    """Puts an nvcc on the PATH that calls the one of a toolkit elsewhere."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "BATCHNORM_EXT_CUDA"):
         monkeypatch.delenv(name, raising=False)
+    for file in ("cuda/bin/nvcc", "cuda/include/cuda_runtime_api.h", "bin/nvcc"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
     nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    said = f"#$ _SPACE_= \n#$ TOP={tmp_path}/cuda/bin/.."
-    nvcc.write_text(f"#!/bin/sh\necho '{said}' >&2\n")
+    nvcc.write_text(f"#!/bin/sh\necho '#$ _SPACE_= \n#$ TOP={tmp_path}/cuda/bin/..' >&2\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("PATH", str(nvcc.parent))
-    (tmp_path / "cuda" / "bin").mkdir(parents=True)
-    return tmp_path
+    return nvcc
 
 
 def test_toolkit_of_a_wrapped_nvcc(setup, wrapper, monkeypatch):
     """The headers of CUDA were once looked for beside the wrapper."""
-    monkeypatch.setenv("CUDA_HOME", "elsewhere")
-    setup["name_toolkit"]()
-    assert os.environ["CUDA_HOME"] == "elsewhere"
-    monkeypatch.delenv("CUDA_HOME")
-    setup["name_toolkit"]()
-    assert os.environ["CUDA_HOME"] == str(wrapper / "cuda")
+    home = wrapper.parents[1] / "cuda"
+    assert setup["toolkit"]() == str(home)
+    for name, value in {"CUDA_PATH": "elsewhere", "BATCHNORM_EXT_CUDA": "0"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert setup["toolkit"]() is None
+    (home / "include" / "cuda_runtime_api.h").unlink()
+    assert setup["toolkit"]() is None
+
+
+@pytest.mark.parametrize("nvcc", ["#!/bin/sh\nexit 1\n", "no program", "#!/bin/sh\necho TOP=\n"])
+def test_nvcc_that_does_not_say_its_toolkit(nvcc, setup, wrapper):
+    wrapper.write_text(nvcc)
+    assert setup["toolkit"]() is None
 
 
 def test_no_headers_of_cuda(setup, monkeypatch, tmp_path):
+    (tmp_path / "cuda_runtime_api.h").write_text("#error none\n")  # found before all others
     names = setup["check_compiler"].__globals__
     monkeypatch.setitem(names, "with_cuda", lambda: True)
     monkeypatch.setitem(names, "include_paths", lambda device: [str(tmp_path)])
-    monkeypatch.setitem(names, "CUDA_HOME", str(tmp_path))
-    message = rf"CUDA toolkit with its C headers, and {tmp_path} has none: .*BATCHNORM_EXT_CUDA=0"
+    monkeypatch.setitem(names, "CUDA_HOME", "cuda")
+    message = "CUDA toolkit with its C headers, and cuda has none: .*BATCHNORM_EXT_CUDA=0"
     with pytest.raises(SystemExit, match=message):
         setup["check_compiler"]()
 
@@ -128,6 +138,7 @@ EVERYTHING = "8.0 9.0 10.0 12.0+PTX"
     ids=str,
 )
 def test_architectures_are_those_of_the_visible_gpus(visible, expected, setup, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(visible))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: visible[index])
@@ -136,6 +147,13 @@ def test_architectures_are_those_of_the_visible_gpus(visible, expected, setup, m
         assert setup["architectures"]() == expected
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
     assert setup["architectures"]() == "8.0;9.0a+PTX"
+
+
+def test_architectures_that_cuda_knows(setup, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup["architectures"]() == "8.0 9.0+PTX"
 
 
 def test_architectures_by_name_are_refused(setup, monkeypatch):

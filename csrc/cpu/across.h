@@ -90,7 +90,7 @@ class AcrossBackward {
     for (int q = 0; q < kVecs; ++q) dots[q] = totals[q] = zero;
     const auto step = [&]<int V>(int64_t j, const Block<A, V>& grad, const Block<A, V>& value,
                                  int64_t lanes) __attribute__((always_inline)) {
-      return make_block<A, V>([&](int q) {
+      return make_block<A, V>([&](int q) __attribute__((always_inline)) {
         const auto of_cell = [&](int i) { return Vec<A>::loadu(cells.view()[i] + cell + j + q * Vec<A>::size()); };
         const Vec<A> d = value.v[q] - of_cell(0), scale = of_cell(3);
         Vec<A> term = grad.v[q] * at::vec::fmadd(d, scale, of_cell(4));

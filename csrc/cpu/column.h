@@ -59,7 +59,7 @@ class Column {
     const Span s = span(block, chunk);
     const int64_t n = padded(s);
     const auto [lanes, k, s1, s2, counts] =
-        scratch.template arrays<LaneMoments<A>, double, double, double, double>({n / L, n, n, n, n});
+        scratch.template arrays<LaneMoments<A, Order::kOfMemory>, double, double, double, double>({n / L, n, n, n, n});
     std::uninitialized_default_construct_n(lanes, n / L);
     const int64_t whole = s.columns / L, rest = s.columns % L;
     const T* row = x + s.offset;
@@ -89,7 +89,8 @@ class Column {
     const Span s = span(block, chunk);
     const int64_t n = padded(s);
     const auto [lanes, spread, sums, dots] =
-        scratch.template arrays<LaneGradSums<A, K>, A, double, double>({n / L, spreads(s) ? (1 + K) * n : 0, n, n});
+        scratch.template arrays<LaneGradSums<A, Order::kOfMemory, K>, A, double, double>(
+            {n / L, spreads(s) ? (1 + K) * n : 0, n, n});
     std::uninitialized_default_construct_n(lanes, n / L);
     const A* along[1 + K];
     for (int k = 0; k < 1 + K; ++k) along[k] = along_columns(per_cell(mean, grad, k), block, s, spread + k * n);

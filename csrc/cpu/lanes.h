@@ -56,16 +56,16 @@ inline void for_each_together(int64_t n, const Take& take) {
 // Per element: d = v - k; s1 += d; s2 += d * d. Every tile, the centre moves to the current mean kn by the identity
 //   sum((v - kn)^2) = sum((v - k)^2) - de * (2 * s1 - n * de),  de = kn - k
 // which holds for any kn, so neither the division nor its rounding needs care. No cancellation, whatever mean / std is.
-template <typename A>
+template <typename A, Order order>
 struct LaneMoments {
   LaneArray<A> k, s1, s2;
   double m2[kLanes<A>];
   int64_t n = 0, next_tile = kTile;
 
   // Adds `blocks` blocks, `stride` elements apart, of which the first `lanes` lanes exist.
-  template <Order order = Order::kOfMemory, typename T>
+  template <typename T>
   void add(const T* p, int64_t stride, int64_t blocks, int64_t lanes = kLanes<A>) {
-    if (n == 0 && blocks > 0) start<order>(p, stride, std::min(blocks, kFirstTile), lanes);
+    if (n == 0 && blocks > 0) start(p, stride, std::min(blocks, kFirstTile), lanes);
     while (blocks > 0) {
       if (n == next_tile) recentre();
       const int64_t tile = std::min(blocks, next_tile - n);
@@ -99,7 +99,7 @@ struct LaneMoments {
 
  private:
   // The first element alone is a poor centre where there are few elements.
-  template <Order order, typename T>
+  template <typename T>
   void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
     clear(k), clear(s1), clear(s2);
     const Vec<A> inverse(A(1) / static_cast<A>(blocks));
@@ -153,7 +153,7 @@ struct WeightedGrad {
   WeightedGrad from(int64_t row) const { return {weight + row}; }
   template <int V>
   Block<A, V> operator()(const auto&, int64_t row, const Block<A, V>& dy, const Block<A, V>&) const {
-    return make_block<A, V>([&](int q) { return Vec<A>(weight[row]) * dy.v[q]; });
+    return make_block<A, V>([&](int q) __attribute__((always_inline)) { return Vec<A>(weight[row]) * dy.v[q]; });
   }
 };
 
@@ -166,7 +166,7 @@ const A* per_cell(const A* mean, const Grad& grad, int k) {
 }
 
 // sum(g) and sum(g * (x - mean)) of each lane, with g = grad(...).
-template <typename A, int kCoefficients = 0>
+template <typename A, Order order, int kCoefficients>
 struct LaneGradSums {
   LaneArray<A> mean, s1, s2;
   std::array<LaneArray<A>, kCoefficients> coefficients;
@@ -187,7 +187,7 @@ struct LaneGradSums {
   }
 
   // `more`: what grad takes beside dy and x.
-  template <Order order = Order::kOfMemory, typename T, typename Grad, typename... More>
+  template <typename T, typename Grad, typename... More>
   void add(Grad grad, int64_t stride, int64_t blocks, int64_t lanes, const T* dy, const T* x, const More*... more) {
     int64_t at = 0;
     while (blocks > 0) {

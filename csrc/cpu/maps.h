@@ -44,7 +44,8 @@ struct NormalizeActivate {
   Act act;
   template <int V>
   std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
-    return {act.value(make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], residual.v[q]...); }))};
+    return {act.value(make_block<A, V>(
+        [&](int q) __attribute__((always_inline)) { return Z()(c(q).data(), x.v[q], residual.v[q]...); }))};
   }
 };
 
@@ -84,7 +85,9 @@ struct ActivatedGrad {
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {
-    return act.grad(dy, make_block<A, V>([&](int q) { return Z()(c(q).data(), x.v[q], more.v[q]...); }));
+    return act.grad(dy, make_block<A, V>([&](int q) __attribute__((always_inline)) {
+                      return Z()(c(q).data(), x.v[q], more.v[q]...);
+                    }));
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
     const auto all = [](double v) { return Block<A, 1>{Vec<A>(static_cast<A>(v))}; };
@@ -108,9 +111,10 @@ struct ActivatedNormalizeGrad {
   template <int V>
   std::array<Block<A, V>, kOutputs> operator()(const auto& of, const Block<A, V>& dy, const Block<A, V>& x,
                                                const auto&... more) const {
-    const Block<A, V> g =
-        act.grad(dy, make_block<A, V>([&](int q) { return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...); }));
-    const Block<A, V> dx = make_block<A, V>([&](int q) {
+    const Block<A, V> g = act.grad(dy, make_block<A, V>([&](int q) __attribute__((always_inline)) {
+                                     return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...);
+                                   }));
+    const Block<A, V> dx = make_block<A, V>([&](int q) __attribute__((always_inline)) {
       const auto& c = of(q);
       return c[3] * at::vec::fmsub(c[4], g.v[q], training & at::vec::fmadd(x.v[q] - c[0], c[1], c[2]));
     });

@@ -42,8 +42,8 @@ __attribute__((always_inline)) inline double sum_of_vectors(const Vec<A> (&parti
 struct MomentSets {
   double *k, *s1, *s2, *n;
 
-  template <typename A>
-  void take(int64_t at, const LaneMoments<A>& lanes, int64_t width) const {
+  template <typename A, Order order>
+  void take(int64_t at, const LaneMoments<A, order>& lanes, int64_t width) const {
     double second[kLanes<A>];
     flush(lanes.s2, lanes.m2, lanes.first_tile(), second);
 #pragma GCC ivdep

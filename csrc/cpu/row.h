@@ -128,10 +128,9 @@ class Row {
 
   void cell_moments(const T* x, const Span& s, double* mean, double* m2) const {
     const int64_t whole = s.length / L, rest = s.length % L;
-    LaneMoments<A> body, tail;
-    for_each_stretch(
-        s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.template add<kOrder>(x + at, step, blocks); });
-    if (rest) tail.template add<kOrder>(x + whole * L, stride(), s.runs, rest);
+    LaneMoments<A, kOrder> body, tail;
+    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) { body.add(x + at, step, blocks); });
+    if (rest) tail.add(x + whole * L, stride(), s.runs, rest);
     double memory[4][2 * L];
     const MomentSets sets{memory[0], memory[1], memory[2], memory[3]};
     if (whole) sets.take(0, body, L);
@@ -149,13 +148,12 @@ class Row {
       std::fill_n(everywhere.v, kVecs, Vec<A>(per_cell(mean, grad, k)[cell]));
       return everywhere;
     };
-    LaneGradSums<A, Grad::kCoefficients> body, tail;
+    LaneGradSums<A, kOrder, Grad::kCoefficients> body, tail;
     if (whole) body.reset(load);
     if (rest) tail.reset(load);
-    for_each_stretch(s, whole, [&](int64_t at, int64_t step, int64_t blocks) {
-      body.template add<kOrder>(grad, step, blocks, L, (in + at)...);
-    });
-    if (rest) tail.template add<kOrder>(grad, stride(), s.runs, rest, (in + whole * L)...);
+    for_each_stretch(s, whole,
+                     [&](int64_t at, int64_t step, int64_t blocks) { body.add(grad, step, blocks, L, (in + at)...); });
+    if (rest) tail.add(grad, stride(), s.runs, rest, (in + whole * L)...);
     double sums[2 * L], dots[2 * L];
     const int64_t used = whole ? L : 0;
     if (whole) body.finish(sums, dots);

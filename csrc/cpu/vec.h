@@ -89,13 +89,19 @@ __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p) {
     return widen<T, V>([&](int64_t first) __attribute__((always_inline)) { return Vec<T>::loadu(p + first); });
 }
 
-// Loads the first `count` elements; the other lanes are zero.
+// Loads the first `count` elements, at least one; the other lanes are zero.
 template <int V, typename T>
 __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
-  return widen<T, V>([&](int64_t first) __attribute__((always_inline)) {
-    const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
-    return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
-  });
+  if constexpr (kParts<T> == 2) {
+    static_assert(V == 2);
+    const auto [low, high] = at::vec::convert_to_float<T>(Vec<T>::loadu(p, std::min<int64_t>(count, Vec<T>::size())));
+    return {{low, high}};
+  } else {
+    return widen<T, V>([&](int64_t first) __attribute__((always_inline)) {
+      const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
+      return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
+    });
+  }
 }
 
 // Two vectors as one of a narrower type. The instruction for it takes subnormal numbers for zero, as those of matrix
@@ -158,17 +164,17 @@ inline double sum_of_lanes(const Vec<double>& v) {
 #endif
 }
 
-// A vector as the compiler's own type. Comparisons of these give masks, which select() takes; those of at::vec turn the
-// masks of AVX-512 into vectors, and its blendv turns them back.
+// A vector as the compiler's own type, where there is one. Comparisons of these give masks, which select() takes; those
+// of at::vec turn the masks of AVX-512 into vectors, and its blendv turns them back.
 #if defined(CPU_CAPABILITY_AVX512)
-inline __m512 native(const Vec<float>& v) { return v; }
-inline __m512d native(const Vec<double>& v) { return v; }
+inline __m512 comparable(const Vec<float>& v) { return v; }
+inline __m512d comparable(const Vec<double>& v) { return v; }
 #elif defined(CPU_CAPABILITY_AVX2)
-inline __m256 native(const Vec<float>& v) { return v; }
-inline __m256d native(const Vec<double>& v) { return v; }
+inline __m256 comparable(const Vec<float>& v) { return v; }
+inline __m256d comparable(const Vec<double>& v) { return v; }
 #else
 template <typename A>
-const Vec<A>& native(const Vec<A>& v) {
+const Vec<A>& comparable(const Vec<A>& v) {
   return v;
 }
 #endif
@@ -178,7 +184,7 @@ __attribute__((always_inline)) inline Vec<A> select(const Mask& which, const Vec
   if constexpr (std::is_same_v<Mask, Vec<A>>)
     return Vec<A>::blendv(b, a, which);
   else
-    return which ? native(a) : native(b);
+    return which ? comparable(a) : comparable(b);
 }
 
 // v * 2^n for whole numbers n, also where 2^n alone is none that fp32 has.
@@ -255,20 +261,22 @@ __attribute__((always_inline)) inline void prefetch_ahead(const T* p, const More
 }
 
 // out[i] = op(at(i), in[i]...) for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane, and
-// one vector of each input. An op with kVectors has several outputs: it takes blocks of at least so many vectors, but
-// for the end of a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must have
-// the same offset from a vector's boundary.
+// one vector of each input. An op with kVectors may have several outputs: it takes blocks of at least so many vectors,
+// but for the end of a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must
+// have the same offset from a vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
   const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) __attribute__((always_inline)) {
     const auto here = [&](int q) -> decltype(auto) { return at(i + q * Vec<A>::size()); };
-    if constexpr (requires { Op::kVectors; })
+    if constexpr (requires { Op::kVectors; }) {
       return op(here, x, more...);
-    else
+    } else {
+      static_assert(kOutputs == 1);
       return std::array{
           make_block<A, V>([&](int q) __attribute__((always_inline)) { return op(here(q), x.v[q], more.v[q]...); })};
+    }
   };
   const auto step = [&]<int V, bool kThisStream>(int64_t i) __attribute__((always_inline)) {
     const auto y = apply(i, load_block<V>(in + i)...);
