@@ -126,8 +126,7 @@ cuda-check:
 	rm -rf build/sdist
 	$(PY) setup.py --quiet sdist --dist-dir build/sdist
 	@echo 'building the CUDA kernels, which takes minutes'
-	BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0" CUDA_HOME="$${CUDA_HOME:-/usr/local/cuda}" \
-	NVCC_APPEND_FLAGS=-Xptxas=-v \
+	BATCHNORM_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0 9.0" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	$(PIP) --verbose --no-build-isolation --no-deps --force-reinstall build/sdist/*.tar.gz >build/cuda.log 2>&1 \
 	|| { tail -n 100 build/cuda.log; exit 1; }
 	$(PY) .ci/check_cuda.py build/cuda.log
