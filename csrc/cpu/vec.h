@@ -89,18 +89,19 @@ __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p) {
     return widen<T, V>([&](int64_t first) __attribute__((always_inline)) { return Vec<T>::loadu(p + first); });
 }
 
-// Loads the first `count` elements, at least one; the other lanes are zero.
+// Loads the first `count` elements; the other lanes are zero.
 template <int V, typename T>
 __attribute__((always_inline)) inline Block<Acc<T>, V> load_block(const T* p, int64_t count) {
-  if constexpr (kParts<T> == 2) {
-    static_assert(V == 2);
-    const auto [low, high] = at::vec::convert_to_float<T>(Vec<T>::loadu(p, std::min<int64_t>(count, Vec<T>::size())));
+  const auto part = [&](int64_t first) __attribute__((always_inline)) {
+    const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
+    return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
+  };
+  if constexpr (kParts<T> == 1) {
+    return widen<T, V>(part);
+  } else {  // loaded once, which the compiler does not see of partial loads
+    static_assert(V == kParts<T>);
+    const auto [low, high] = at::vec::convert_to_float<T>(part(0));
     return {{low, high}};
-  } else {
-    return widen<T, V>([&](int64_t first) __attribute__((always_inline)) {
-      const int64_t left = std::clamp<int64_t>(count - first, 0, Vec<T>::size());
-      return left > 0 ? Vec<T>::loadu(p + first, left) : Vec<T>(T(0));
-    });
   }
 }
 
