@@ -48,10 +48,10 @@ def toolkit() -> str | None:
         return None
     if is_toolkit(Path(nvcc).parents[1]):
         return None
-    plan = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        said = subprocess.run(plan, **pipes, text=True, errors="replace", timeout=60).stdout
+        said = subprocess.run(dry_run, **pipes, text=True, errors="replace", timeout=60).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     top = re.search(r"^#\$ TOP=(.+)$", said, re.M)
@@ -121,7 +121,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def check_compiler() -> None:
-    """Exit with one sentence if the compiler, its C++20, or headers of Python or CUDA lack."""
+    """Exit with one sentence if the compiler, its C++20, or headers that it needs are missing."""
     command = shlex.split(os.environ.get("CXX", "c++"))
     name = " ".join(command)
     if not command or shutil.which(command[0]) is None:

@@ -130,7 +130,7 @@ EVERYTHING = "8.0 9.0 10.0 12.0+PTX"
         ([(9, 0)], "9.0"),
         ([(9, 0), (8, 0), (9, 0)], "8.0 9.0"),
         ([(8, 7)], "8.0"),  # runs the code of 8.0
-        ([(11, 0)], "10.0+PTX"),  # of no generation that is known
+        ([(11, 0)], "10.0+PTX"),  # of no major one that is known
         ([(13, 1)], "12.0+PTX"),
         ([(7, 5), (8, 9)], "8.0"),
         ([(7, 5)], EVERYTHING),  # no kernels for this one

@@ -11,9 +11,7 @@ from torch import nn
 import batchnorm_ext
 import fusing
 from activations import ACTIVATIONS, INPUTS, NORMS, C, fused, gradients, make_problem
-from batchnorm_ext import (
-    BatchNormAct2d,
-)
+from batchnorm_ext import BatchNormAct2d
 from benchmarks import networks
 from cases import DTYPES
 from fusing import conv

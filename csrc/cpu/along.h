@@ -15,6 +15,7 @@
 #include "passes.h"
 #include "schedule.h"
 #include "scratch.h"
+#include "transform.h"
 
 namespace batchnorm_ext::cpu {
 

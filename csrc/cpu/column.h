@@ -13,6 +13,7 @@
 #include "moments.h"
 #include "schedule.h"
 #include "scratch.h"
+#include "transform.h"
 
 namespace batchnorm_ext::cpu {
 

@@ -13,6 +13,7 @@
 #include "range.h"
 #include "row.h"
 #include "schedule.h"
+#include "transform.h"
 
 namespace batchnorm_ext::cpu {
 

@@ -10,6 +10,7 @@
 #include "../geometry.h"
 #include "moments.h"
 #include "scratch.h"
+#include "transform.h"
 
 namespace batchnorm_ext::cpu {
 

@@ -73,7 +73,7 @@ EDITS = [
     ),
     (
         "partial store is whole",
-        "vec.h",
+        "transform.h",
         "part.store(out[k] + i, count);",
         "part.store(out[k] + i);",
         MEMORY,
@@ -206,14 +206,14 @@ EDITS = [
     ),
     (
         "head of a streamed row is not written",
-        "vec.h",
+        "transform.h",
         "if (i > 0) partial(0, i);",
         "",
         WRONG,
     ),
     (
         "last element of a streamed row is not written",
-        "vec.h",
+        "transform.h",
         "partial(i, n - i);",
         "partial(i, n - i - 1);",
         WRONG,
