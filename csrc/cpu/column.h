@@ -138,9 +138,7 @@ class Column {
       Coefficients<A, Op::kParameters> row;
       for (int i = 0; i < Op::kParameters; ++i) row[i] = Vec<A>(parameters[i][first_row(chunk) + r]);
       const auto f = [&](int64_t j, const auto&... v) {
-        Coefficients<A, Op::kCoefficients> cell;
-        for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>::loadu(coefficients[i] + first(block) + j);
-        return op(cell, row, v...);
+        return op(CoefficientsAt<A>{coefficients, first(block) + j}, row, v...);
       };
       transform<kStream>(advanced(out, at), s.columns, f, LaneIndex(), (in + at)...);
     }
@@ -162,11 +160,7 @@ class Column {
     A* const spread = std::get<0>(scratch.template arrays<A>({Op::kCoefficients * pitch}));
     const A* c[Op::kCoefficients];
     for (int i = 0; i < Op::kCoefficients; ++i) c[i] = along_columns(coefficients[i], block, s, spread + i * pitch);
-    const auto of_lanes = [&](int64_t j) {
-      Coefficients<A, Op::kCoefficients> here;
-      for (int i = 0; i < Op::kCoefficients; ++i) here[i] = Vec<A>::loadu(c[i] + j);
-      return here;
-    };
+    const auto of_lanes = [&](int64_t j) { return CoefficientsAt<A>{c, j}; };
     int64_t at = s.offset;
     for (int64_t r = 0; r < s.rows; ++r, at += stride())
       transform<kStream>(advanced(out, at), s.columns, op, of_lanes, (in + at)...);

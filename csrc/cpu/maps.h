@@ -33,7 +33,7 @@ class CoefficientTable {
 template <typename A>
 struct Normalize {
   static constexpr int kCoefficients = 3;
-  Vec<A> operator()(const auto& c, const Vec<A>& x) const { return OfInput<A>()(c.data(), x); }
+  Vec<A> operator()(const auto& c, const Vec<A>& x) const { return OfInput<A>::z(c, 0, x); }
 };
 
 // y = activation(z), with z from the same coefficients (activate.h)
@@ -45,7 +45,7 @@ struct NormalizeActivate {
   template <int V>
   std::array<Block<A, V>, 1> operator()(const auto& c, const Block<A, V>& x, const auto&... residual) const {
     return {act.value(make_block<A, V>(
-        [&](int q) __attribute__((always_inline)) { return Z()(c(q).data(), x.v[q], residual.v[q]...); }))};
+        [&](int q) __attribute__((always_inline)) { return Z::z(c(q), 0, x.v[q], residual.v[q]...); }))};
   }
 };
 
@@ -86,7 +86,7 @@ struct ActivatedGrad {
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {
     return act.grad(dy, make_block<A, V>([&](int q) __attribute__((always_inline)) {
-                      return Z()(c(q).data(), x.v[q], more.v[q]...);
+                      return Z::z(c(q), 0, x.v[q], more.v[q]...);
                     }));
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
@@ -112,7 +112,7 @@ struct ActivatedNormalizeGrad {
   std::array<Block<A, V>, kOutputs> operator()(const auto& of, const Block<A, V>& dy, const Block<A, V>& x,
                                                const auto&... more) const {
     const Block<A, V> g = act.grad(dy, make_block<A, V>([&](int q) __attribute__((always_inline)) {
-                                     return Z()(of(q).data() + kOfDx, x.v[q], more.v[q]...);
+                                     return Z::z(of(q), kOfDx, x.v[q], more.v[q]...);
                                    }));
     const Block<A, V> dx = make_block<A, V>([&](int q) __attribute__((always_inline)) {
       const auto& c = of(q);

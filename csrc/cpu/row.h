@@ -97,9 +97,7 @@ class Row {
       Coefficients<A, Op::kCoefficients> cell;
       for (int i = 0; i < Op::kCoefficients; ++i) cell[i] = Vec<A>(coefficients[i][c]);
       const auto f = [&](int64_t j, const auto&... v) {
-        Coefficients<A, Op::kParameters> here;
-        for (int i = 0; i < Op::kParameters; ++i) here[i] = Vec<A>::loadu(parameters[i] + along + j);
-        return op(cell, here, v...);
+        return op(cell, CoefficientsAt<A>{parameters, along + j}, v...);
       };
       transform<kStream>(advanced(out, at), s.length, f, LaneIndex(), (in + at)...);
     }

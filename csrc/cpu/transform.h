@@ -22,11 +22,12 @@ struct LaneIndex {
 };
 
 // out[i] = op(at(i), in[i]...) for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane, and
-// one vector of each input. An op with kVectors may have several outputs: it takes blocks of at least so many vectors,
+// one vector of each input. It is passed by value, to be kept in registers: what is written might overlap with the
+// caller's. An op with kVectors may have several outputs: it takes blocks of at least so many vectors,
 // but for the end of a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must
 // have the same offset from a vector's boundary.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
-inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op& op, const At& at, const In*... in) {
+inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op op, const At& at, const In*... in) {
   using A = Acc<T>;
   constexpr int64_t width = Vec<T>::size(), L = kLanes<A>;
   const auto apply = [&]<int V>(int64_t i, const Block<A, V>& x, const auto&... more) __attribute__((always_inline)) {

@@ -240,6 +240,16 @@ __attribute__((always_inline)) inline void store_block(T* p, const Block<Acc<T>,
 template <typename A, int kCount>
 using Coefficients = std::array<Vec<A>, kCount>;
 
+// The same, read from rows of a table when they are needed: of an array of many, GCC 12 leaves a copy on the stack for
+// each vector.
+template <typename A>
+struct CoefficientsAt {
+  const A* const* rows;
+  int64_t column;
+
+  Vec<A> operator[](int i) const { return Vec<A>::loadu(rows[i] + column); }
+};
+
 // Asks for the full blocks further on, which may be past the end. For maps and sums with an activation, whose
 // arithmetic fills the processor before it comes to the loads that follow.
 template <typename T, typename... More>
