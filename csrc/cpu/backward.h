@@ -32,6 +32,7 @@ struct Backward {
   // Of dx, as GroupGrad has them, and of z, as Normalize.
   static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kOfZ = Normalize<A>::kCoefficients;
   CoefficientTable<A, kOfDx + kOfZ> table{geometry.cells()};
+  T* kept = nullptr;  // where the sums leave g, the gradient of z, for the map
 
   // dx in evaluation, or dresidual alone.
   void map_without_sums() {
@@ -62,6 +63,7 @@ struct Backward {
   }
 
   void reduce_and_map() {
+    kept = place_of_grad();
     set_activation();
     const auto then = [&](int64_t first, int64_t width, const double* sums, const double* dots) {
       set_coefficients(first, width, sums, dots);
@@ -81,11 +83,20 @@ struct Backward {
 
  private:
   bool streams() const {
-    const bool aligned = dresidual == nullptr || share_alignment(std::array{dx, dresidual});
-    return pattern_streams<T>(geometry) && aligned;
+    const bool one = dresidual == nullptr || kept != nullptr;
+    return pattern_streams<T>(geometry) && (one || share_alignment(std::array{dx, dresidual}));
   }
 
   bool is_activated() const { return activation.curve != Curve::kNone; }
+
+  // Only where g has the type of an output without being rounded: g is the gradient of a residual. Without one, it is
+  // kept in dx, which then is written twice: in the caches only.
+  T* place_of_grad() const {
+    const bool exact = std::is_same_v<T, A> || (activation.curve == Curve::kPiecewise && activation.slope == 1);
+    if (!is_activated() || !exact || dx == nullptr) return nullptr;
+    if (dresidual != nullptr) return dresidual;
+    return streams() ? nullptr : dx;
+  }
 
   // Sets dbias and dweight of each cell, then(first, width, dbias, dweight) follows, then the map.
   template <typename Pattern, typename Then>
@@ -109,9 +120,9 @@ struct Backward {
     if (!is_activated()) return f(PlainGrad(), dy, x);
     with_activation<T>(activation, [&]<typename Act>(const Act& act) {
       if (residual == nullptr)
-        f(ActivatedGrad<OfInput<A>, Act, A>{act, rows}, dy, x);
+        f(ActivatedGrad<OfInput<A>, Act, T>{act, rows, dy, kept}, dy, x);
       else
-        f(ActivatedGrad<typename Act::OfSaved, Act, A>{act, rows}, dy, x, residual);
+        f(ActivatedGrad<typename Act::OfSaved, Act, T>{act, rows, dy, kept}, dy, x, residual);
     });
   }
 
@@ -127,10 +138,11 @@ struct Backward {
     const A* const* const c = table.view();
     const std::array<T*, 1> one{dx};
     const std::array<T*, 2> both{dx, dresidual};
-    if (!is_activated()) {
-      if (!training) return f(Scale<A>(), c + 3, one, dy);
-      if (geometry.per_stat > 1) return f(GroupGrad<A>(), c, one, dy, x);
-      return f(NormalizeGrad<A>(), c, one, dy, x);
+    const T* const g = is_activated() ? kept : dy;
+    if (g != nullptr) {
+      if (!training) return f(Scale<A>(), c + 3, one, g);
+      if (geometry.per_stat > 1) return f(GroupGrad<A>(), c, one, g, x);
+      return f(NormalizeGrad<A>(), c, one, g, x);
     }
     const Vec<A> zero(0), mask = training ? zero == zero : zero;
     with_activation<T>(activation, [&]<typename Act>(const Act& act) {
@@ -151,7 +163,7 @@ struct Backward {
   void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {
     const Channels none(centred ? nullptr : new double[width]());  // where the mean is no function of x
     if (!centred) sums = none.get();
-    if (geometry.per_stat > 1 || is_activated())
+    if (geometry.per_stat > 1 || (is_activated() && kept == nullptr))
       set_group_grad(table, geometry.per_stat, first, width, sums, dots, count, mean, invstd, weight.get());
     else
       set_normalize_grad(table, first, width, sums, dots, count, mean, invstd, weight.get());

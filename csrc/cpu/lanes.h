@@ -28,18 +28,17 @@ inline void flush(const LaneArray<A>& partial, const double* totals, bool first,
 
 // Bodies of inner loops are inlined on demand: what a compiler decides by itself depends on who else calls them.
 //
-// Calls body.operator()<V>(first vector, load) with load(p) the block of V vectors from there on: once for a full block
-// (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes. `order`: of a full block.
+// Calls body.operator()<V>(first vector, part), where `part` loads and stores the block of V vectors from there on: once
+// for a full block (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes. `order`: of a
+// full block.
 template <Order order, typename T, typename Body>
 inline void for_each_part(int64_t lanes, const Body& body) {
   using A = Acc<T>;
   constexpr int V = kParts<T>;
   constexpr int64_t width = Vec<T>::size();
-  if (lanes == kLanes<A>)
-    return body.template operator()<kVecs>(0, [](const T* p) { return load_block<kVecs, order>(p); });
+  if (lanes == kLanes<A>) return body.template operator()<kVecs>(0, WholeBlock<kVecs, order>());
   for (int64_t first = 0; first < lanes; first += width)
-    body.template operator()<V>(first / Vec<A>::size(),
-                                [=](const T* p) { return load_block<V>(p + first, lanes - first); });
+    body.template operator()<V>(first / Vec<A>::size(), PartialBlock<V>{first, lanes - first});
 }
 
 // take<R>(i) for items [i, i + R), which together cover [0, n): what is summed for one item is a chain of additions,
@@ -69,7 +68,7 @@ struct LaneMoments {
     while (blocks > 0) {
       if (n == next_tile) recentre();
       const int64_t tile = std::min(blocks, next_tile - n);
-      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
+      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& part) __attribute__((always_inline)) {
         Vec<A> centre[V], sum[V], squares[V];
         for (int q = 0; q < V; ++q) {
           centre[q] = k[first + q];
@@ -77,7 +76,7 @@ struct LaneMoments {
           squares[q] = s2[first + q];
         }
         for (int64_t i = 0; i < tile; ++i) {
-          const Block<A, V> x = load(p + i * stride);
+          const Block<A, V> x = part.load(p + i * stride);
           for (int q = 0; q < V; ++q) {
             const Vec<A> d = x.v[q] - centre[q];
             sum[q] = sum[q] + d;
@@ -103,12 +102,12 @@ struct LaneMoments {
   void start(const T* p, int64_t stride, int64_t blocks, int64_t lanes) {
     clear(k), clear(s1), clear(s2);
     const Vec<A> inverse(A(1) / static_cast<A>(blocks));
-    for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
-      const Block<A, V> x = load(p);
+    for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& part) __attribute__((always_inline)) {
+      const Block<A, V> x = part.load(p);
       Vec<A> sum[V];
       for (int q = 0; q < V; ++q) sum[q] = Vec<A>(0);
       for (int64_t i = 1; i < blocks; ++i) {
-        const Block<A, V> v = load(p + i * stride);
+        const Block<A, V> v = part.load(p + i * stride);
         for (int q = 0; q < V; ++q) sum[q] = sum[q] + (v.v[q] - x.v[q]);
       }
       for (int q = 0; q < V; ++q) k.set(first + q, at::vec::fmadd(sum[q], inverse, x.v[q]));
@@ -132,12 +131,13 @@ struct LaneMoments {
 };
 
 // What enters the sums of a gradient is grad(coefficients of the q-th vector, row, dy, x...): dy, or dy times a weight
-// for each row of blocks, or dy times the derivative of an activation (maps.h). A functor with coefficients has their
-// values for every cell in `rows`.
+// for each row of blocks, or dy times the derivative of an activation (maps.h), which grad.keep() may write to memory
+// for the map. A functor with coefficients has their values for every cell in `rows`.
 struct PlainGrad {
   static constexpr int kCoefficients = 0;
 
   PlainGrad from(int64_t) const { return {}; }
+  static void keep(const auto&...) {}
   double at(int64_t, double dy, double) const { return dy; }  // of one element of a cell
   template <typename A, int V>
   Block<A, V> operator()(const auto&, int64_t, const Block<A, V>& dy, const Block<A, V>&) const {
@@ -151,6 +151,7 @@ struct WeightedGrad {
   const A* weight;
 
   WeightedGrad from(int64_t row) const { return {weight + row}; }
+  static void keep(const auto&...) {}
   template <int V>
   Block<A, V> operator()(const auto&, int64_t row, const Block<A, V>& dy, const Block<A, V>&) const {
     return make_block<A, V>([&](int q) __attribute__((always_inline)) { return Vec<A>(weight[row]) * dy.v[q]; });
@@ -197,7 +198,7 @@ struct LaneGradSums {
         restart();
       }
       const int64_t tile = std::min(blocks, kTile - n);
-      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& load) __attribute__((always_inline)) {
+      for_each_part<order, T>(lanes, [&]<int V>(int64_t first, const auto& part) __attribute__((always_inline)) {
         Vec<A> centre[V], sums[V], dots[V];
         Coefficients<A, kCoefficients> c[V];
         for (int q = 0; q < V; ++q) {
@@ -206,20 +207,18 @@ struct LaneGradSums {
           dots[q] = s2[first + q];
           for (int k = 0; k < kCoefficients; ++k) c[q][k] = coefficients[k][first + q];
         }
-        const auto take = [&](int64_t i, const auto& g, const auto& v, const auto&... w)
-                              __attribute__((always_inline)) {
-                                const auto of = [&](int q) -> const auto& { return c[q]; };
-                                const Block<A, V> entering = grad(of, i, g, v, w...);
-                                for (int q = 0; q < V; ++q) {
-                                  sums[q] = sums[q] + entering.v[q];
-                                  dots[q] = at::vec::fmadd(entering.v[q], v.v[q] - centre[q], dots[q]);
-                                }
-                              };
+        const auto of = [&](int q) -> const auto& { return c[q]; };
         for (int64_t i = 0; i < tile; ++i) {
           const int64_t here = at + i * stride;
           if constexpr (kCoefficients > 0)
             if (stride == kLanes<A>) prefetch_ahead(dy + here, x + here, (more + here)...);
-          take(i, load(dy + here), load(x + here), load(more + here)...);
+          const Block<A, V> value = part.load(x + here);
+          const Block<A, V> entering = grad(of, i, part.load(dy + here), value, part.load(more + here)...);
+          grad.keep(part, dy + here, entering);
+          for (int q = 0; q < V; ++q) {
+            sums[q] = sums[q] + entering.v[q];
+            dots[q] = at::vec::fmadd(entering.v[q], value.v[q] - centre[q], dots[q]);
+          }
         }
         for (int q = 0; q < V; ++q) {
           s1.set(first + q, sums[q]);

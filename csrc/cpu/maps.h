@@ -75,13 +75,19 @@ struct Scale {
 };
 
 // g = dy * activation'(z), for the sums. `more`: what z takes beside x.
-template <typename Z, typename Act, typename A>
+template <typename Z, typename Act, typename T>
 struct ActivatedGrad {
+  using A = Acc<T>;
   static constexpr int kCoefficients = Z::kCoefficients;
   Act act;
   const A* const* rows;  // the coefficients of each cell
+  const T* dy;
+  T* kept;  // where g is written to; null: nowhere
 
   ActivatedGrad from(int64_t) const { return *this; }
+  void keep(const auto& part, const T* at, const auto& g) const {
+    if (kept != nullptr) part.store(kept + (at - dy), g);
+  }
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {

@@ -171,10 +171,10 @@ class Row {
     Vec<A> sums[R][V], squares[R][V], centre[R];
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < V; ++q) sums[r][q] = squares[r][q] = Vec<A>(0);
-    for_each_load(n, [&](int64_t i, const auto& load) __attribute__((always_inline)) {
+    for_each_part(n, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(rows[r] + R * n + i, 0, 2);
-        const Block<A, V> v = load(rows[r] + i);
+        const Block<A, V> v = part.load(rows[r] + i);
         for (int q = 0; q < V; ++q) sums[r][q] = sums[r][q] + v.v[q];
       }
     });
@@ -211,9 +211,9 @@ class Row {
 
   // The gradient sums of a cell with few elements, in registers as well. One cell after the other, in the order of
   // memory: two at once were slower.
-  template <typename Grad, typename... In>
+  template <typename Grad, typename... More>
   void few_grad_sums(const Grad& grad, const A* mean, int64_t cell, const Span& s, double* sum, double* dot,
-                     const In*... in) const {
+                     const T* dy, const T* x, const More*... more) const {
     constexpr int V = kParts<T>, K = Grad::kCoefficients;
     Vec<A> sums[V], dots[V];
     const Vec<A> centre(mean[cell]);
@@ -221,28 +221,28 @@ class Row {
     for (int k = 0; k < K; ++k) c[k] = Vec<A>(per_cell(mean, grad, 1 + k)[cell]);
     for (int q = 0; q < V; ++q) sums[q] = dots[q] = Vec<A>(0);
     const auto of = [&](int) -> const auto& { return c; };
-    const auto take = [&](const auto& g, const auto& v, const auto&... w) __attribute__((always_inline)) {
-      const Block<A, V> entering = grad(of, 0, g, v, w...);
-      for (int q = 0; q < V; ++q) {
-        sums[q] = sums[q] + entering.v[q];
-        dots[q] = at::vec::fmadd(entering.v[q], v.v[q] - centre, dots[q]);
-      }
-    };
     for (int64_t run = 0; run < s.runs; ++run)
-      for_each_load(s.length, [&](int64_t i, const auto& load)
-                                  __attribute__((always_inline)) { take(load(in + run * stride() + i)...); });
+      for_each_part(s.length, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
+        const int64_t here = run * stride() + i;
+        const Block<A, V> value = part.load(x + here);
+        const Block<A, V> entering = grad(of, 0, part.load(dy + here), value, part.load(more + here)...);
+        grad.keep(part, dy + here, entering);
+        for (int q = 0; q < V; ++q) {
+          sums[q] = sums[q] + entering.v[q];
+          dots[q] = at::vec::fmadd(entering.v[q], value.v[q] - centre, dots[q]);
+        }
+      });
     *sum = sum_of_vectors(sums);
     *dot = sum_of_vectors(dots);
   }
 
-  // f(i, load) for the smallest loads that cover n elements: load(p) gives those from there on, with zeros past the
-  // end.
+  // f(i, part) for the smallest loads that cover n elements: `part` loads and stores those from i on.
   template <typename F>
-  static void for_each_load(int64_t n, const F& f) {
+  static void for_each_part(int64_t n, const F& f) {
     constexpr int V = kParts<T>;
     int64_t i = 0;
-    for (; i + kPart <= n; i += kPart) f(i, [](const T* p) { return load_block<V, kOrder>(p); });
-    if (i < n) f(i, [=](const T* p) { return load_block<V>(p, n - i); });
+    for (; i + kPart <= n; i += kPart) f(i, WholeBlock<V, kOrder>());
+    if (i < n) f(i, PartialBlock<V>{0, n - i});
   }
 
   int64_t stride() const { return g.channels * g.inner; }
