@@ -94,8 +94,19 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 # A thread may have a stack of 128 KB (musl, OMP_STACKSIZE), most of it for its other callers.
 KERNELS = [*OPENMP, "-Werror=frame-larger-than=16384"]
 
-# Symbols that only debuggers and profilers read.
-STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
+
+def runtime() -> list[str]:
+    """The C++ library that torch has loaded, which is linked ahead of the compiler's own.
+
+    A compiler without a shared one silently puts a copy into each module. The text of an error is
+    then begun with one copy and continued with the other, in libc10, which ends the process.
+    """
+    mapped = Path("/proc/self/maps").read_text() if sys.platform == "linux" else ""
+    return re.findall(r"/.*/libstdc\+\+\.so\.6\S*$", mapped, re.M)[:1]
+
+
+# Without the symbols that only debuggers and profilers read.
+LINK = [*(["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []), *runtime()]
 
 # The first of each major compute capability since Ampere: later ones of it run its code. Without
 # 11, of embedded systems.
@@ -207,7 +218,7 @@ def extensions() -> list:
             f"{PACKAGE}._C",
             sources("csrc/*.cpp"),
             extra_compile_args=flags,
-            extra_link_args=STRIP,
+            extra_link_args=LINK,
         )
     ]
     for name, isa in INSTRUCTION_SETS.items():
@@ -216,7 +227,7 @@ def extensions() -> list:
                 f"{PACKAGE}._cpu_{name}",
                 sources("csrc/cpu/*.cpp"),
                 extra_compile_args=[*flags, *KERNELS, f"-DCPU_CAPABILITY={name.upper()}", *isa],
-                extra_link_args=[*OPENMP, *STRIP],
+                extra_link_args=[*OPENMP, *LINK],
             )
         )
     if with_cuda():
@@ -225,7 +236,7 @@ def extensions() -> list:
                 f"{PACKAGE}._cuda",
                 [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
                 extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
-                extra_link_args=STRIP,
+                extra_link_args=LINK,
             )
         )
     return modules

@@ -174,6 +174,21 @@ def test_libraries_are_stripped(debug, monkeypatch):
     assert all(("-Wl,-s" in module.extra_link_args) is strips for module in modules)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another linker")
+def test_runtime_is_that_of_torch(setup, tmp_path):
+    """With a copy of it in each module, an error with a number in its text ended the process."""
+    source, module = tmp_path / "module.cpp", tmp_path / "module.so"
+    source.write_text("#include <iostream>\nvoid say() { std::cout << 1; }\n")
+
+    def shares_the_runtime(*link):
+        static = ["c++", "-shared", "-fPIC", "-static-libstdc++", str(source), "-o", str(module)]
+        subprocess.run([*static, *link], check=True)
+        return b"\0libstdc++.so.6\0" in module.read_bytes()
+
+    assert not shares_the_runtime()
+    assert shares_the_runtime(*setup["LINK"])
+
+
 def test_readme_for_an_index_has_no_relative_links(setup, monkeypatch, tmp_path):
     """An index has neither the pictures nor the pages."""
     page = (

@@ -182,9 +182,9 @@ struct Curved {
   V grad(const V& dy, const V& z) const { return Of::template grad<M>(dy, z, V(1)); }
 };
 
-// The types and instruction sets for which common curves are inlined.
+// The types for which common curves are inlined.
 template <typename T>
-constexpr bool kInlinesCurves = Vec<float>::size() > 4 && (std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>);
+constexpr bool kInlinesCurves = kHasRegisters && (std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>);
 
 // f(activation of vectors). The bounds of a piecewise linear one are rounded to T, as the outputs are that backward
 // compares with them.

@@ -1,6 +1,6 @@
 """The CPU kernels, built for the baseline: right numbers, no stray access, no race.
 
-They run in a program of their own, whose threads are not those of OpenMP: ThreadSanitizer does not
+They run in programs of their own, whose threads are not those of OpenMP: ThreadSanitizer does not
 see how these wait for each other. An error put into the kernels on purpose has to be reported. A
 failure prints the command line that repeats it.
 """
@@ -32,13 +32,21 @@ ELEMENTS = {"f32": "float", "f64": "double", "f16": "c10::Half", "bf16": "c10::B
 
 # Which data each mode gets: strays and races do not depend on the numbers, but for sums of tiny
 # ones, which are taken twice.
-DATA = {"address": ["normal", "tiny"], "thread": ["normal"], "plain": [""]}
+DATA = {
+    ("kernels", "address"): ["normal", "tiny"],
+    ("kernels", "thread"): ["normal"],
+    ("kernels", "plain"): [""],
+    ("activated", "address"): [""],
+    ("activated", "plain"): [""],
+}
 # The slowest to compile comes first. float64 takes the way of float32, float16 that of bfloat16.
 BUILDS = [
-    ("address", "bf16"),
-    ("address", "f32"),
-    ("thread", "bf16"),
-    *(("plain", dtype) for dtype in ELEMENTS),
+    ("kernels", "address", "bf16"),
+    ("kernels", "address", "f32"),
+    ("kernels", "thread", "bf16"),
+    *(("kernels", "plain", dtype) for dtype in ELEMENTS),
+    ("activated", "address", "bf16"),
+    ("activated", "address", "f32"),
 ]
 
 MUTANT_DTYPE = "bf16"  # whose vectors are widened to two
@@ -158,8 +166,8 @@ EDITS = [
     (
         "few elements of a cell are all those of its first run",
         "row.h",
-        "in + run * stride() + i",
-        "in + i",
+        "const int64_t here = run * stride() + i;",
+        "const int64_t here = i;",
         WRONG,
     ),
     (
@@ -219,17 +227,51 @@ EDITS = [
         WRONG,
     ),
 ]
+ACTIVATED_EDITS = [
+    (
+        "partial store of a kept gradient is whole",
+        "vec.h",
+        "part.store(p + offset, std::min<int64_t>(count, Vec<T>::size()));",
+        "part.store(p + offset);",
+        MEMORY,
+    ),
+    (
+        "halves of a pair are stored the other way around",
+        "vec.h",
+        "(high & upper) | ((low >> Bits(16)) & Bits(0xffff))",
+        "(low & upper) | ((high >> Bits(16)) & Bits(0xffff))",
+        WRONG,
+    ),
+    (
+        "end of a row in place is computed twice",
+        "transform.h",
+        "kStream || n < width || in_place",
+        "kStream || n < width",
+        WRONG,
+    ),
+    (
+        "short cells keep nothing",
+        "row.h",
+        "grad.keep(part, dy + here, entering);",
+        "",
+        WRONG,
+    ),
+]
 MUTANTS = [
-    Mutant.edit(CSRC / "cpu" / file, old, new, code, name) for name, file, old, new, code in EDITS
+    (program, Mutant.edit(CSRC / "cpu" / file, old, new, code, name))
+    for program, edits in {"kernels": EDITS, "activated": ACTIVATED_EDITS}.items()
+    for name, file, old, new, code in edits
 ]
 
 
-def compile_kernels(mode: str, dtype: str, directory: Path, tree: Path = CSRC) -> Path:
+def compile_program(
+    name: str, mode: str, dtype: str, directory: Path, tree: Path = CSRC
+) -> Path:
     """The program, with the headers of ``tree``."""
     # Checks of every access take half as long to compile where less is inlined, and run as fast.
     optimization = ["-Og"] if mode == "address" else []
     return build(
-        HERE / "kernels.cpp",
+        HERE / f"{name}.cpp",
         mode,
         defines=["CPU_CAPABILITY=DEFAULT", f"BATCHNORM_EXT_ELEMENT={ELEMENTS[dtype]}"],
         include=[HERE / "shim", tree, HERE],
@@ -238,13 +280,13 @@ def compile_kernels(mode: str, dtype: str, directory: Path, tree: Path = CSRC) -
     )
 
 
-def escape(mutant: Mutant, directory: Path) -> list[str]:
+def escape(program: str, mutant: Mutant, directory: Path) -> list[str]:
     """How the program ended on each kind of data; nothing if it reported the mutant."""
     ends = []
     with mutant.tree(directory) as tree:
-        program = compile_kernels(mutant.mode, MUTANT_DTYPE, tree, tree)
-        for data in DATA[mutant.mode]:
-            result = run(program, data)
+        binary = compile_program(program, mutant.mode, MUTANT_DTYPE, tree, tree)
+        for data in DATA[program, mutant.mode]:
+            result = run(binary, data)
             if result.code == mutant.code:
                 return []
             ends.append(f"{data}: {result}")
@@ -252,33 +294,37 @@ def escape(mutant: Mutant, directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kernels(request, pool, tmp_path_factory) -> dict[tuple[str, str], Future[Path]]:
-    """By mode and dtype."""
-    directory = tmp_path_factory.mktemp("kernels")
+def programs(request, pool, tmp_path_factory) -> dict[tuple[str, str, str], Future[Path]]:
+    """By name, mode and dtype."""
+    directory = tmp_path_factory.mktemp("programs")
     return {
-        (mode, dtype): pool.submit(compile_kernels, mode, dtype, directory)
-        for mode, dtype in selected(request, "mode_and_dtype")
-        if not unsupported(mode)
+        chosen: pool.submit(compile_program, *chosen, directory)
+        for chosen in selected(request, "program")
+        if not unsupported(chosen[1])
     }
 
 
 @pytest.fixture(scope="module")
-def escapes(request, pool, tmp_path_factory) -> dict[Mutant, Future[list[str]]]:
+def escapes(request, pool, tmp_path_factory) -> dict[tuple[str, Mutant], Future[list[str]]]:
     directory = tmp_path_factory.mktemp("mutants")
-    hunted = [mutant for mutant in selected(request, "mutant") if not unsupported(mutant.mode)]
-    return {mutant: pool.submit(escape, mutant, directory) for mutant in hunted}
+    return {
+        (program, mutant): pool.submit(escape, program, mutant, directory)
+        for program, mutant in selected(request, "mutant")
+        if not unsupported(mutant.mode)
+    }
 
 
-@pytest.mark.parametrize("mode_and_dtype", BUILDS, ids="-".join)
-def test_kernels(kernels, escapes, mode_and_dtype):
-    skip_without(mode_and_dtype[0])
-    program = kernels[mode_and_dtype].result()
-    for data in DATA[mode_and_dtype[0]]:
-        result = run(program, data)
-        assert result.code == 0, f"{shlex.join([str(program), data])}\n{result.err}"
+@pytest.mark.parametrize("program", BUILDS, ids="-".join)
+def test_kernels(programs, escapes, program):
+    name, mode, _ = program
+    skip_without(mode)
+    binary = programs[program].result()
+    for data in DATA[name, mode]:
+        result = run(binary, data)
+        assert result.code == 0, f"{shlex.join([str(binary), data])}\n{result.err}"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: str(mutant[1]))
 def test_mutant_is_reported(escapes, mutant):
-    skip_without(mutant.mode)
+    skip_without(mutant[1].mode)
     assert not (ends := escapes[mutant].result()), "\n".join(ends)
