@@ -32,7 +32,7 @@ struct Backward {
   // Of dx, as GroupGrad has them, and of z, as Normalize.
   static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kOfZ = Normalize<A>::kCoefficients;
   CoefficientTable<A, kOfDx + kOfZ> table{geometry.cells()};
-  T* kept = nullptr;  // where the sums leave g, the gradient of z, for the map
+  Kept<T> kept;  // by the sums
 
   // dx in evaluation, or dresidual alone.
   void map_without_sums() {
@@ -83,19 +83,21 @@ struct Backward {
 
  private:
   bool streams() const {
-    const bool one = dresidual == nullptr || kept != nullptr;
+    const bool one = dresidual == nullptr || kept.at != nullptr;
     return pattern_streams<T>(geometry) && (one || share_alignment(std::array{dx, dresidual}));
   }
 
   bool is_activated() const { return activation.curve != Curve::kNone; }
 
-  // Only where g has the type of an output without being rounded: g is the gradient of a residual. Without one, it is
-  // kept in dx, which then is written twice: in the caches only.
-  T* place_of_grad() const {
-    const bool exact = std::is_same_v<T, A> || (activation.curve == Curve::kPiecewise && activation.slope == 1);
-    if (!is_activated() || !exact || dx == nullptr) return nullptr;
-    if (dresidual != nullptr) return dresidual;
-    return streams() ? nullptr : dx;
+  // In the gradient of a residual, which it is, or in dx. Not where it would be rounded, and not where to compute it
+  // twice takes less time than to write and read it: for simple activations of rows, and for outputs that leave the
+  // caches in between, unless their inputs leave them, too.
+  Kept<T> place_of_grad() const {
+    const bool rows = has_long_runs(geometry), simple = activation.curve == Curve::kPiecewise;
+    const bool exact = std::is_same_v<T, A> || (simple && activation.slope == 1);
+    if (!is_activated() || !exact || dx == nullptr || (rows && simple)) return {};
+    if (pattern_streams<T>(geometry)) return {rows ? nullptr : dresidual, true};
+    return {dresidual != nullptr ? dresidual : dx};
   }
 
   // Sets dbias and dweight of each cell, then(first, width, dbias, dweight) follows, then the map.
@@ -138,7 +140,7 @@ struct Backward {
     const A* const* const c = table.view();
     const std::array<T*, 1> one{dx};
     const std::array<T*, 2> both{dx, dresidual};
-    const T* const g = is_activated() ? kept : dy;
+    const T* const g = is_activated() ? kept.at : dy;
     if (g != nullptr) {
       if (!training) return f(Scale<A>(), c + 3, one, g);
       if (geometry.per_stat > 1) return f(GroupGrad<A>(), c, one, g, x);
@@ -163,7 +165,7 @@ struct Backward {
   void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {
     const Channels none(centred ? nullptr : new double[width]());  // where the mean is no function of x
     if (!centred) sums = none.get();
-    if (geometry.per_stat > 1 || (is_activated() && kept == nullptr))
+    if (geometry.per_stat > 1 || (is_activated() && kept.at == nullptr))
       set_group_grad(table, geometry.per_stat, first, width, sums, dots, count, mean, invstd, weight.get());
     else
       set_normalize_grad(table, first, width, sums, dots, count, mean, invstd, weight.get());

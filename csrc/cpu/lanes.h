@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -26,11 +27,44 @@ inline void flush(const LaneArray<A>& partial, const double* totals, bool first,
   for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? partial.values[l] : totals[l] + partial.values[l];
 }
 
+// Blocks in memory, as they are read and written: all lanes, or the first `count` of them from `offset` on. Those that
+// are read in another order are not written.
+template <int V, Order order>
+struct WholeBlock {
+  template <typename T>
+  Block<Acc<T>, V> load(const T* p) const {
+    return load_block<V, order>(p);
+  }
+  template <typename T>
+    requires(order == Order::kOfMemory || std::is_same_v<T, Acc<T>>)
+  void store(T* p, const Block<Acc<T>, V>& block, bool streams) const {
+    if (streams && reinterpret_cast<uintptr_t>(p) % (Vec<T>::size() * sizeof(T)) == 0)
+      store_block<true>(p, block);
+    else
+      store_block<false>(p, block);
+  }
+};
+
+template <int V>
+struct PartialBlock {
+  int64_t offset, count;
+
+  template <typename T>
+  Block<Acc<T>, V> load(const T* p) const {
+    return load_block<V>(p + offset, count);
+  }
+  template <typename T>
+  void store(T* p, const Block<Acc<T>, V>& block, bool) const {
+    narrow<T>(block,
+              [&](const Vec<T>& part, int64_t) { part.store(p + offset, std::min<int64_t>(count, Vec<T>::size())); });
+  }
+};
+
 // Bodies of inner loops are inlined on demand: what a compiler decides by itself depends on who else calls them.
 //
-// Calls body.operator()<V>(first vector, part), where `part` loads and stores the block of V vectors from there on: once
-// for a full block (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes. `order`: of a
-// full block.
+// Calls body.operator()<V>(first vector, part), where `part` loads and stores the block of V vectors from there on:
+// once for a full block (lanes == kLanes), else for each vector of T that holds any of the first `lanes` lanes.
+// `order`: of a full block.
 template <Order order, typename T, typename Body>
 inline void for_each_part(int64_t lanes, const Body& body) {
   using A = Acc<T>;

@@ -74,6 +74,14 @@ struct Scale {
   Vec<A> operator()(const auto& c, const Vec<A>& dy) const { return c[0] * dy; }
 };
 
+// Where the gradient of an activation's argument is written to for the map: nowhere if null. `streams`: past the
+// caches.
+template <typename T>
+struct Kept {
+  T* at = nullptr;
+  bool streams = false;
+};
+
 // g = dy * activation'(z), for the sums. `more`: what z takes beside x.
 template <typename Z, typename Act, typename T>
 struct ActivatedGrad {
@@ -82,18 +90,18 @@ struct ActivatedGrad {
   Act act;
   const A* const* rows;  // the coefficients of each cell
   const T* dy;
-  T* kept;  // where g is written to; null: nowhere
+  Kept<T> kept;
 
   ActivatedGrad from(int64_t) const { return *this; }
   void keep(const auto& part, const T* at, const auto& g) const {
-    if (kept != nullptr) part.store(kept + (at - dy), g);
+    if constexpr (requires { part.store(kept.at, g, kept.streams); })
+      if (kept.at != nullptr) part.store(kept.at + (at - dy), g, kept.streams);
   }
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,
                          const auto&... more) const {
-    return act.grad(dy, make_block<A, V>([&](int q) __attribute__((always_inline)) {
-                      return Z::z(c(q), 0, x.v[q], more.v[q]...);
-                    }));
+    return act.grad(dy, make_block<A, V>(
+                            [&](int q) __attribute__((always_inline)) { return Z::z(c(q), 0, x.v[q], more.v[q]...); }));
   }
   double at(int64_t cell, double dy, double x, auto... more) const {
     const auto all = [](double v) { return Block<A, 1>{Vec<A>(static_cast<A>(v))}; };

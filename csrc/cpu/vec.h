@@ -243,48 +243,6 @@ __attribute__((always_inline)) inline void store_block(T* p, const Block<Acc<T>,
   });
 }
 
-// The inverse of load_block. kAny is only for values that T has: it does not round.
-template <Order order, typename T, int V>
-__attribute__((always_inline)) inline void store_block_in(T* p, const Block<Acc<T>, V>& block) {
-  if constexpr (order == Order::kAny && std::is_same_v<T, c10::BFloat16>)
-    unrolled<V / 2>([&](int i) __attribute__((always_inline)) {
-      using Bits = at::vec::Vectorized<int32_t>;
-      const Bits upper(static_cast<int32_t>(0xffff0000));
-      const Bits low = at::vec::cast<int32_t>(block.v[2 * i]), high = at::vec::cast<int32_t>(block.v[2 * i + 1]);
-      ((high & upper) | ((low >> Bits(16)) & Bits(0xffff))).store(p + i * Vec<T>::size());
-    });
-  else
-    store_block<false>(p, block);
-}
-
-// Blocks in memory, as they are read and written: all lanes, or the first `count` of them from `offset` on.
-template <int V, Order order>
-struct WholeBlock {
-  template <typename T>
-  Block<Acc<T>, V> load(const T* p) const {
-    return load_block<V, order>(p);
-  }
-  template <typename T>
-  void store(T* p, const Block<Acc<T>, V>& block) const {
-    store_block_in<order>(p, block);
-  }
-};
-
-template <int V>
-struct PartialBlock {
-  int64_t offset, count;
-
-
-  template <typename T>
-  Block<Acc<T>, V> load(const T* p) const {
-    return load_block<V>(p + offset, count);
-  }
-  template <typename T>
-  void store(T* p, const Block<Acc<T>, V>& block) const {
-    narrow<T>(block, [&](const Vec<T>& part, int64_t) { part.store(p + offset, std::min<int64_t>(count, Vec<T>::size())); });
-  }
-};
-
 // What a map or a sum knows of the cells of a vector's lanes.
 template <typename A, int kCount>
 using Coefficients = std::array<Vec<A>, kCount>;

@@ -1,12 +1,13 @@
-// The backward of a ReLU and what comes before it, in one pass, against the passes without an activation over a gradient
-// that was cut before: the same bits. The pass keeps the cut gradient, in place of the result or of the gradient of a
-// residual.
+// The backward of a ReLU and what comes before it, in one pass, against the passes without an activation over a
+// gradient that was cut before: the same bits. The pass keeps the cut gradient, in place of the result or of the
+// gradient of a residual.
 //
 //   activated "300x40x1"      the shapes that have this in their name: all by default
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "checks.h"
@@ -27,8 +28,9 @@ using namespace batchnorm_ext::cpu;
 using Element = BATCHNORM_EXT_ELEMENT;
 
 // [outer, channels, inner], and batch: as those of kernels.cpp, without what differs in the reduction alone
-constexpr Geometry kShapes[] = {{1, 2, 40001}, {95, 4, 600}, {5, 3, 257},  {3, 7, 49},     {20, 3, 45},    {2, 3, 5},
-                                {40, 200, 1},  {9, 3, 1},    {333, 40, 1}, {5001, 64, 1},  {261, 1999, 1}, {100, 9, 49},
+constexpr Geometry kShapes[] = {{1, 2, 40001}, {95, 4, 600},  {5, 3, 257},    {3, 7, 49},
+                                {20, 3, 45},   {2, 3, 5},     {40, 200, 1},   {9, 3, 1},
+                                {333, 40, 1},  {5001, 64, 1}, {261, 1999, 1}, {100, 9, 49},
                                 {35, 70, 36},  {1, 7, 49, 5}, {3, 5, 300, 2}, {333, 13, 1, 3}};
 
 template <typename T>
@@ -61,6 +63,7 @@ class Test {
   }
 
   void run() {
+    if (has_long_runs(g_) && !std::is_same_v<T, A>) return;  // keeps nothing
     for (const int threads : {1, 3}) {
       at::num_threads = threads;
       const Results<T> expected(g_), in_place(g_), residual(g_);
@@ -86,7 +89,7 @@ class Test {
 
   template <typename Z>
   ActivatedGrad<Z, Act, T> kept_by(const Buffer<T>& kept) const {
-    return {{}, of_z_.view(), p_.dy.data(), kept.data()};
+    return {{}, of_z_.view(), p_.dy.data(), {kept.data(), true}};
   }
 
   // The sums by `grad` of dy and `more`, then the map of g.
@@ -127,8 +130,7 @@ class Test {
 int main(int count, char** arguments) {
   const std::string filter = count > 1 ? arguments[1] : "";
   for (const Geometry& g : kShapes) {
-    const std::string name =
-        std::to_string(g.outer) + "x" + std::to_string(g.channels) + "x" + std::to_string(g.inner);
+    const std::string name = std::to_string(g.outer) + "x" + std::to_string(g.channels) + "x" + std::to_string(g.inner);
     if (name.find(filter) != std::string::npos) Test<Element>(g, Checks(name)).run();
   }
   return 0;

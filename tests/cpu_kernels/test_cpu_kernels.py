@@ -236,24 +236,10 @@ ACTIVATED_EDITS = [
         MEMORY,
     ),
     (
-        "halves of a pair are stored the other way around",
-        "vec.h",
-        "(high & upper) | ((low >> Bits(16)) & Bits(0xffff))",
-        "(low & upper) | ((high >> Bits(16)) & Bits(0xffff))",
-        WRONG,
-    ),
-    (
         "end of a row in place is computed twice",
         "transform.h",
         "kStream || n < width || in_place",
         "kStream || n < width",
-        WRONG,
-    ),
-    (
-        "short cells keep nothing",
-        "row.h",
-        "grad.keep(part, dy + here, entering);",
-        "",
         WRONG,
     ),
 ]
