@@ -11,6 +11,7 @@ Environment:
                               /usr/local/cuda
 """
 
+import copy
 import os
 import platform
 import re
@@ -213,14 +214,16 @@ def index_readme() -> str:
 
 def extensions() -> list:
     flags = [*FLAGS, *WARNINGS]
-    modules = [
-        CppExtension(
-            f"{PACKAGE}._C",
-            sources("csrc/*.cpp"),
-            extra_compile_args=flags,
-            extra_link_args=LINK,
+    modules = []
+    if with_cuda():  # first: it takes longest
+        modules.append(
+            CUDAExtension(
+                f"{PACKAGE}._cuda",
+                [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
+                extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
+                extra_link_args=LINK,
+            )
         )
-    ]
     for name, isa in INSTRUCTION_SETS.items():
         modules.append(
             CppExtension(
@@ -230,15 +233,14 @@ def extensions() -> list:
                 extra_link_args=[*OPENMP, *LINK],
             )
         )
-    if with_cuda():
-        modules.append(
-            CUDAExtension(
-                f"{PACKAGE}._cuda",
-                [*sources("csrc/cuda/*.cu"), *sources("csrc/cuda/*.cpp")],
-                extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
-                extra_link_args=LINK,
-            )
+    modules.append(
+        CppExtension(
+            f"{PACKAGE}._C",
+            sources("csrc/*.cpp"),
+            extra_compile_args=flags,
+            extra_link_args=LINK,
         )
+    )
     return modules
 
 
@@ -247,10 +249,9 @@ class Build(BuildExtension):
 
     def build_extension(self, ext):
         """The same sources are compiled for several modules: each has its objects for itself."""
-        build_temp = self.build_temp
-        self.build_temp = os.path.join(build_temp, ext.name)
-        super().build_extension(ext)
-        self.build_temp = build_temp
+        own = copy.copy(self)
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(Build, own).build_extension(ext)
 
     def run(self):
         check_compiler()
@@ -264,6 +265,10 @@ class Build(BuildExtension):
             else f"none (CUDA of torch: {torch.version.cuda}, CUDA_HOME: {CUDA_HOME})"
         )
         print(f"{PACKAGE}: for torch {torch.__version__}, CUDA kernels {kernels}")
+        # Modules side by side: of most, one file takes twice as long as all others.
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
+        self.parallel = min(jobs, len(self.extensions))
+        os.environ["MAX_JOBS"] = str(jobs - self.parallel + 1)  # of each module
         super().run()
         path = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent / "_build.py"
         path.write_text(

@@ -32,7 +32,7 @@ struct Backward {
   // Of dx, as GroupGrad has them, and of z, as Normalize.
   static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kOfZ = Normalize<A>::kCoefficients;
   CoefficientTable<A, kOfDx + kOfZ> table{geometry.cells()};
-  Kept<T> kept;  // by the sums
+  Kept<T> kept = {};  // by the sums
 
   // dx in evaluation, or dresidual alone.
   void map_without_sums() {
