@@ -230,7 +230,7 @@ EDITS = [
 ACTIVATED_EDITS = [
     (
         "partial store of a kept gradient is whole",
-        "vec.h",
+        "lanes.h",
         "part.store(p + offset, std::min<int64_t>(count, Vec<T>::size()));",
         "part.store(p + offset);",
         MEMORY,
@@ -241,6 +241,13 @@ ACTIVATED_EDITS = [
         "kStream || n < width || in_place",
         "kStream || n < width",
         WRONG,
+    ),
+    (
+        "gradients are kept one element further on",
+        "maps.h",
+        "part.store(kept.at + (at - dy), g, kept.streams);",
+        "part.store(kept.at + (at - dy) + 1, g, kept.streams);",
+        MEMORY,
     ),
 ]
 MUTANTS = [
