@@ -257,9 +257,7 @@ MUTANTS = [
 ]
 
 
-def compile_program(
-    name: str, mode: str, dtype: str, directory: Path, tree: Path = CSRC
-) -> Path:
+def compile_program(name: str, mode: str, dtype: str, directory: Path, tree: Path = CSRC) -> Path:
     """The program, with the headers of ``tree``."""
     # Checks of every access take half as long to compile where less is inlined, and run as fast.
     optimization = ["-Og"] if mode == "address" else []
