@@ -102,12 +102,16 @@ def runtime() -> list[str]:
     A compiler without a shared one silently puts a copy into each module. The text of an error is
     then begun with one copy and continued with the other, in libc10, which ends the process.
     """
-    mapped = Path("/proc/self/maps").read_text() if sys.platform == "linux" else ""
+    try:
+        mapped = Path("/proc/self/maps").read_text(errors="surrogateescape")
+    except OSError:
+        return []
     return re.findall(r"/.*/libstdc\+\+\.so\.6\S*$", mapped, re.M)[:1]
 
 
-# Without the symbols that only debuggers and profilers read.
-LINK = [*(["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []), *runtime()]
+# Symbols that only debuggers and profilers read.
+STRIP = ["-Wl,-s"] if sys.platform == "linux" and not DEBUG else []
+LINK = [*STRIP, *runtime()]
 
 # The first of each major compute capability since Ampere: later ones of it run its code. Without
 # 11, of embedded systems.
@@ -115,6 +119,18 @@ ARCHITECTURES = [(8, 0), (9, 0), (10, 0), (12, 0)]
 BLACKWELL = (10, 0)  # which CUDA knows from 12.8 on
 NVCC_FLAGS = ["-g", "-O0"] if DEBUG else ["-O3", "--threads=2"]
 NVCC_FLAGS += ["-std=c++20"]
+
+
+def count_jobs() -> int:
+    """Compilers at once: MAX_JOBS, which torch reads as well, or one for each processor."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+
+
+JOBS = count_jobs()
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would
 # choose is loaded, or the last where there are instructions for bfloat16.
@@ -215,7 +231,7 @@ def index_readme() -> str:
 def extensions() -> list:
     flags = [*FLAGS, *WARNINGS]
     modules = []
-    if with_cuda():  # first: it takes longest
+    if with_cuda():
         modules.append(
             CUDAExtension(
                 f"{PACKAGE}._cuda",
@@ -247,8 +263,24 @@ def extensions() -> list:
 class Build(BuildExtension):
     """Leaves beside the modules what they were built for, to be read before any is loaded."""
 
+    def build_extensions(self):
+        """The many files of CUDA kernels, then the other modules side by side: of most, one file
+        takes twice as long as all others together."""
+        modules, jobs = self.extensions, self.parallel or JOBS
+        cuda = [module for module in modules if module.name == f"{PACKAGE}._cuda"]
+        others = [module for module in modules if module not in cuda]
+        for some, together in ((cuda, 1), (others, min(jobs, len(others)))):
+            if self.use_ninja:  # without it, torch keeps the compiler of a file in what they share
+                self.parallel = together
+                os.environ["MAX_JOBS"] = str(jobs // max(1, together))
+            self.extensions = some
+            if some:
+                super().build_extensions()
+        self.extensions = modules
+
     def build_extension(self, ext):
-        """The same sources are compiled for several modules: each has its objects for itself."""
+        """On a copy, of which each thread changes its own. The same sources are compiled for
+        several modules: each has its objects for itself."""
         own = copy.copy(self)
         own.build_temp = os.path.join(self.build_temp, ext.name)
         super(Build, own).build_extension(ext)
@@ -265,10 +297,6 @@ class Build(BuildExtension):
             else f"none (CUDA of torch: {torch.version.cuda}, CUDA_HOME: {CUDA_HOME})"
         )
         print(f"{PACKAGE}: for torch {torch.__version__}, CUDA kernels {kernels}")
-        # Modules side by side: of most, one file takes twice as long as all others.
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count())
-        self.parallel = min(jobs, len(self.extensions))
-        os.environ["MAX_JOBS"] = str(jobs - self.parallel + 1)  # of each module
         super().run()
         path = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent / "_build.py"
         path.write_text(

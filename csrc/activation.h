@@ -58,19 +58,6 @@ struct Piecewise {
   }
 };
 
-// The most common piecewise linear activation, in fewer instructions and to the same bits.
-BATCHNORM_EXT_HD bool is_relu(const Activation& a) {
-  return a.curve == Curve::kPiecewise && a.slope == 1 && a.low == 0 && a.high != a.high;
-}
-
-template <typename M>
-struct Relu {
-  using V = typename M::V;
-
-  V value(const V& z) const { return M::select(z < V(0), V(0), z); }
-  V grad(const V& dy, const V& z) const { return M::select(z <= V(0), V(0), dy); }
-};
-
 template <typename M>
 BATCHNORM_EXT_HD typename M::V sigmoid_of(const typename M::V& z) {
   using V = typename M::V;

@@ -36,6 +36,25 @@ def is_fused(size, norm, activation, has_residual):
     return (has_residual, activation) in FUSED and (len(size) > 2 or norm.startswith("batch"))
 
 
+def check(p, norm, activation):
+    dtype = p.x.dtype
+    y = fused(p, norm, activation)
+    assert y.dtype == dtype
+    assert y.stride() == torch.empty_like(p.x).stride()
+    # a piecewise linear one after a residual looks at its output, which is rounded
+    rounds = p.residual is not None and activation in PIECEWISE
+    exact = p.double()
+    expected = oracle(exact, norm, activation, dtype if rounds else None)
+    # the value is that of the z that is not rounded
+    value = oracle(exact, norm, activation, None)
+    assert_within(f"y, {norm}", y, value, bound(value, dtype, 1.0))
+    wanted = gradients(expected, exact)
+    for name, found in gradients(y, p).items():
+        out = found.dtype
+        assert out == p.leaves[name.removeprefix("gradient of ")].dtype
+        assert_within(f"{name}, {norm}", found, wanted[name], bound(wanted[name], out, 1.0))
+
+
 @every_activation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size, layout", INPUTS, ids=str)
@@ -46,22 +65,14 @@ def test_forward_and_gradients(size, layout, dtype, activation, device):
         for norm in NORMS:
             if not is_fused(size, norm, activation, has_residual):
                 continue
-            p = make_problem(size, layout, dtype, has_residual, device)
-            y = fused(p, norm, activation)
-            assert y.dtype == dtype
-            assert y.stride() == torch.empty_like(p.x).stride()
-            # a piecewise linear one after a residual looks at its output, which is rounded
-            rounds = has_residual and activation in PIECEWISE
-            exact = p.double()
-            expected = oracle(exact, norm, activation, dtype if rounds else None)
-            # the value is that of the z that is not rounded
-            value = oracle(exact, norm, activation, None)
-            assert_within(f"y, {norm}", y, value, bound(value, dtype, 1.0))
-            wanted = gradients(expected, exact)
-            for name, found in gradients(y, p).items():
-                out = found.dtype
-                assert out == p.leaves[name.removeprefix("gradient of ")].dtype
-                assert_within(f"{name}, {norm}", found, wanted[name], bound(wanted[name], out, 1.0))
+            check(make_problem(size, layout, dtype, has_residual, device), norm, activation)
+
+
+@pytest.mark.only("cpu", reason="of its caches")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_outputs_that_the_caches_do_not_hold(layout):
+    """36 MB each. In channels_last, the sums already write the residual's gradient past them."""
+    check(make_problem((8, C, 264, 264), layout, torch.float64, True), "batch, training", "silu")
 
 
 @every_activation

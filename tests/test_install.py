@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -174,19 +175,48 @@ def test_libraries_are_stripped(debug, monkeypatch):
     assert all(("-Wl,-s" in module.extra_link_args) is strips for module in modules)
 
 
+@pytest.mark.parametrize(
+    "asked, jobs", [("1", 1), ("3", 3), ("16", 16), ("auto", None), ("", None)]
+)
+def test_no_more_compilers_at_once_than_jobs(asked, jobs, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", asked)
+    monkeypatch.setattr(setuptools, "setup", lambda **named: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    rounds = []
+
+    def build_extensions(self):
+        rounds.append(([m.name for m in self.extensions], self.parallel, os.environ["MAX_JOBS"]))
+
+    monkeypatch.setattr(names["BuildExtension"], "build_extensions", build_extensions)
+    build = names["Build"](setuptools.Distribution())
+    modules = [f"batchnorm_ext.{name}" for name in ("_C", "_cpu_default", "_cpu_avx2", "_cuda")]
+    build.extensions = [setuptools.Extension(name, []) for name in modules]
+    build.build_extensions()
+    assert [rounds[0][0], rounds[1][0]] == [modules[3:], modules[:3]]
+    for _, together, each in rounds:
+        assert together * int(each) <= (jobs or len(os.sched_getaffinity(0)))
+        assert int(each) >= 1
+
+
+RUNTIME = b"\0libstdc++.so.6\0"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="another linker")
 def test_runtime_is_that_of_torch(setup, tmp_path):
     """With a copy of it in each module, an error with a number in its text ended the process."""
+    for built in Path(batchnorm_ext.__file__).parent.glob("_*.so"):
+        assert RUNTIME in built.read_bytes(), built
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    copy = subprocess.check_output([*compiler, "-print-file-name=libstdc++.a"], text=True).strip()
+    if not os.path.isabs(copy):
+        pytest.skip("the compiler has no copy")
     source, module = tmp_path / "module.cpp", tmp_path / "module.so"
     source.write_text("#include <iostream>\nvoid say() { std::cout << 1; }\n")
-
-    def shares_the_runtime(*link):
-        static = ["c++", "-shared", "-fPIC", "-static-libstdc++", str(source), "-o", str(module)]
-        subprocess.run([*static, *link], check=True)
-        return b"\0libstdc++.so.6\0" in module.read_bytes()
-
-    assert not shares_the_runtime()
-    assert shares_the_runtime(*setup["LINK"])
+    link = [*compiler, "-shared", "-fPIC", "-static-libstdc++", str(source), "-o", str(module)]
+    for arguments, shared in (([], False), (setup["LINK"], True)):
+        subprocess.run([*link, *arguments], check=True)
+        assert (RUNTIME in module.read_bytes()) is shared
 
 
 def test_readme_for_an_index_has_no_relative_links(setup, monkeypatch, tmp_path):

@@ -32,18 +32,15 @@ struct Backward {
   // Of dx, as GroupGrad has them, and of z, as Normalize.
   static constexpr int kOfDx = GroupGrad<A>::kCoefficients, kOfZ = Normalize<A>::kCoefficients;
   CoefficientTable<A, kOfDx + kOfZ> table{geometry.cells()};
-  Kept<T> kept = {};  // by the sums
+  Kept<T> kept = {};  // where the sums leave the gradient of z
 
   // dx in evaluation, or dresidual alone.
   void map_without_sums() {
     if (is_activated()) {
       set_activation();
       for (int i = 0; i < 3; ++i) std::fill_n(table.row(i), geometry.cells(), A(0));
-      for (int64_t c = 0; c < geometry.cells(); ++c) table.row(3)[c] = static_cast<A>(invstd[c]);
-      for (int64_t c = 0; c < geometry.cells(); ++c) table.row(4)[c] = static_cast<A>(weight[c]);
-    } else {
-      for (int64_t c = 0; c < geometry.cells(); ++c) table.row(3)[c] = static_cast<A>(weight[c] * invstd[c]);
     }
+    for (int64_t c = 0; c < geometry.cells(); ++c) table.row(3)[c] = static_cast<A>(weight[c] * invstd[c]);
     map_all_cells();
   }
 
@@ -83,19 +80,20 @@ struct Backward {
 
  private:
   bool streams() const {
-    const bool one = dresidual == nullptr || kept.at != nullptr;
-    return pattern_streams<T>(geometry) && (one || share_alignment(std::array{dx, dresidual}));
+    const bool one_output = dresidual == nullptr || kept.to != nullptr;
+    return pattern_streams<T>(geometry) && (one_output || share_alignment(std::array{dx, dresidual}));
   }
 
   bool is_activated() const { return activation.curve != Curve::kNone; }
 
-  // In the gradient of a residual, which it is, or in dx. Not where it would be rounded, and not where to compute it
-  // twice takes less time than to write and read it: for simple activations of rows, and for outputs that leave the
-  // caches in between, unless their inputs leave them, too.
+  // Where the sums leave the gradient of z, so that the map need not compute it again: in dresidual, which it is, or in
+  // dx, which the map overwrites. Nowhere if it would be rounded, if rows compute it faster than they read it, or if it
+  // leaves the caches, unless columns write dresidual anyway.
   Kept<T> place_of_grad() const {
     const bool rows = has_long_runs(geometry), simple = activation.curve == Curve::kPiecewise;
     const bool exact = std::is_same_v<T, A> || (simple && activation.slope == 1);
-    if (!is_activated() || !exact || dx == nullptr || (rows && simple)) return {};
+    const bool storable = std::is_same_v<T, A> || !rows;  // see ActivatedGrad::keep
+    if (!is_activated() || dx == nullptr || !exact || !storable || (rows && simple)) return {};
     if (pattern_streams<T>(geometry)) return {rows ? nullptr : dresidual, true};
     return {dresidual != nullptr ? dresidual : dx};
   }
@@ -134,13 +132,13 @@ struct Backward {
     });
   }
 
-  // f(op, coefficients, outputs, inputs...) with the map's op: dx, and the gradient of a residual.
+  // f(op, coefficients, outputs, inputs...) with the map's op: dx, and the gradient of a residual unless it was kept.
   template <typename F>
   void with_map(const F& f) const {
     const A* const* const c = table.view();
     const std::array<T*, 1> one{dx};
     const std::array<T*, 2> both{dx, dresidual};
-    const T* const g = is_activated() ? kept.at : dy;
+    const T* const g = is_activated() ? kept.to : dy;
     if (g != nullptr) {
       if (!training) return f(Scale<A>(), c + 3, one, g);
       if (geometry.per_stat > 1) return f(GroupGrad<A>(), c, one, g, x);
@@ -160,12 +158,13 @@ struct Backward {
     if (!is_activated()) return;
     const double own = training ? count : std::numeric_limits<double>::infinity();
     set_normalize<kOfDx>(table, 0, geometry.cells(), mean, invstd, weight.get(), bias.get(), own);
+    std::fill_n(table.row(4), geometry.cells(), A(1));  // the weight of dy, where it is not in the scale
   }
 
   void set_coefficients(int64_t first, int64_t width, const double* sums, const double* dots) {
     const Channels none(centred ? nullptr : new double[width]());  // where the mean is no function of x
     if (!centred) sums = none.get();
-    if (geometry.per_stat > 1 || (is_activated() && kept.at == nullptr))
+    if (geometry.per_stat > 1)
       set_group_grad(table, geometry.per_stat, first, width, sums, dots, count, mean, invstd, weight.get());
     else
       set_normalize_grad(table, first, width, sums, dots, count, mean, invstd, weight.get());

@@ -27,8 +27,8 @@ inline void flush(const LaneArray<A>& partial, const double* totals, bool first,
   for (int64_t l = 0; l < kLanes<A>; ++l) out[l] = first ? partial.values[l] : totals[l] + partial.values[l];
 }
 
-// Blocks in memory, as they are read and written: all lanes, or the first `count` of them from `offset` on. Those that
-// are read in another order are not written.
+// All lanes of a block in memory. What was read in another order is not written: narrowing would leave it in that
+// order. `streams`: past the caches, where a vector begins at a boundary, as not all rows do.
 template <int V, Order order>
 struct WholeBlock {
   template <typename T>
@@ -45,6 +45,7 @@ struct WholeBlock {
   }
 };
 
+// The first `count` lanes from `offset` on.
 template <int V>
 struct PartialBlock {
   int64_t offset, count;

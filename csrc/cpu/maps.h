@@ -1,6 +1,8 @@
 // What the maps of the norms do to an element, and the coefficients of each cell that they need.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -74,11 +76,10 @@ struct Scale {
   Vec<A> operator()(const auto& c, const Vec<A>& dy) const { return c[0] * dy; }
 };
 
-// Where the gradient of an activation's argument is written to for the map: nowhere if null. `streams`: past the
-// caches.
+// Where the gradient of z is written to, for the map: nowhere if null. `streams`: past the caches.
 template <typename T>
 struct Kept {
-  T* at = nullptr;
+  T* to = nullptr;
   bool streams = false;
 };
 
@@ -89,13 +90,17 @@ struct ActivatedGrad {
   static constexpr int kCoefficients = Z::kCoefficients;
   Act act;
   const A* const* rows;  // the coefficients of each cell
-  const T* dy;
+  const T* first_dy;
   Kept<T> kept;
 
   ActivatedGrad from(int64_t) const { return *this; }
-  void keep(const auto& part, const T* at, const auto& g) const {
-    if constexpr (requires { part.store(kept.at, g, kept.streams); })
-      if (kept.at != nullptr) part.store(kept.at + (at - dy), g, kept.streams);
+  // Keeps the gradients of the block whose dy is at `from`. Blocks that were read in another order have no store().
+  void keep(const auto& part, const T* from, const auto& g) const {
+    if constexpr (requires { part.store(kept.to, g, kept.streams); }) {
+      if (kept.to != nullptr) part.store(kept.to + (from - first_dy), g, kept.streams);
+    } else {
+      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(kept.to == nullptr);
+    }
   }
   template <int V>
   Block<A, V> operator()(const auto& c, int64_t, const Block<A, V>& dy, const Block<A, V>& x,

@@ -171,7 +171,7 @@ class Row {
     Vec<A> sums[R][V], squares[R][V], centre[R];
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < V; ++q) sums[r][q] = squares[r][q] = Vec<A>(0);
-    for_each_part(n, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
+    for_each_load(n, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
       for (int r = 0; r < R; ++r) {
         __builtin_prefetch(rows[r] + R * n + i, 0, 2);
         const Block<A, V> v = part.load(rows[r] + i);
@@ -222,7 +222,7 @@ class Row {
     for (int q = 0; q < V; ++q) sums[q] = dots[q] = Vec<A>(0);
     const auto of = [&](int) -> const auto& { return c; };
     for (int64_t run = 0; run < s.runs; ++run)
-      for_each_part(s.length, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
+      for_each_load(s.length, [&](int64_t i, const auto& part) __attribute__((always_inline)) {
         const int64_t here = run * stride() + i;
         const Block<A, V> value = part.load(x + here);
         const Block<A, V> entering = grad(of, 0, part.load(dy + here), value, part.load(more + here)...);
@@ -236,9 +236,9 @@ class Row {
     *dot = sum_of_vectors(dots);
   }
 
-  // f(i, part) for the smallest loads that cover n elements: `part` loads and stores those from i on.
+  // f(i, part) for the smallest loads that cover n elements: part.load(p + i) gives those from i on.
   template <typename F>
-  static void for_each_part(int64_t n, const F& f) {
+  static void for_each_load(int64_t n, const F& f) {
     constexpr int V = kParts<T>;
     int64_t i = 0;
     for (; i + kPart <= n; i += kPart) f(i, WholeBlock<V, kOrder>());

@@ -22,10 +22,10 @@ struct LaneIndex {
 };
 
 // out[i] = op(at(i), in[i]...) for i in [0, n): `op` takes what `at` gives for the index of a vector's first lane, and
-// one vector of each input. It is passed by value, to be kept in registers: what is written might overlap with the
-// caller's. An op with kVectors may have several outputs: it takes blocks of at least so many vectors,
-// but for the end of a row, and at(first lane of the q-th vector) as a function of q. With kStream all outputs must
-// have the same offset from a vector's boundary. The first output may be one of the inputs.
+// one vector of each input. An op with kVectors may have several outputs: it takes blocks of at least so many vectors,
+// but for the end of a row, and at(first lane of the q-th vector) as a function of q. It is passed by value, so that
+// its constants can stay in registers: for all that the compiler knows, a store might change the caller's copy. With
+// kStream all outputs must have the same offset from a vector's boundary. The first output may be one of the inputs.
 template <bool kStream, typename T, size_t kOutputs, typename Op, typename At, typename... In>
 inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op op, const At& at, const In*... in) {
   using A = Acc<T>;
@@ -68,7 +68,7 @@ inline void transform(const std::array<T*, kOutputs>& out, int64_t n, const Op o
   for (; i + width <= n; i += width) step.template operator()<kParts<T>, kStream>(i);
   if (i == n) return;
   const bool in_place = ((static_cast<const void*>(in) == out[0]) || ...);
-  if (kStream || n < width || in_place)
+  if (kStream || n < width || in_place)  // in place, the neighbour's inputs are gone
     partial(i, n - i);
   else  // overlaps its neighbour: to write an element twice is cheaper than to mask, but not past the caches
     step.template operator()<kParts<T>, false>(n - width);

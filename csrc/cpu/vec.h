@@ -20,11 +20,10 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename A>
 using Vec = at::vec::Vectorized<A>;
 
-// Whether vectors are registers, and not arrays in memory.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-constexpr bool kHasRegisters = true;
+constexpr bool kHasAvx = true;
 #else
-constexpr bool kHasRegisters = false;
+constexpr bool kHasAvx = false;
 #endif
 
 // Vectors of a full block: enough independent chains to hide the latency of a fused multiply-add.

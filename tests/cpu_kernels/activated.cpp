@@ -1,6 +1,5 @@
-// The backward of a ReLU and what comes before it, in one pass, against the passes without an activation over a
-// gradient that was cut before: the same bits. The pass keeps the cut gradient, in place of the result or of the
-// gradient of a residual.
+// A ReLU's backward that keeps the gradient of z while it sums, against the backward without an activation of a dy that
+// was zeroed where z <= 0: the same bits.
 //
 //   activated "300x40x1"      the shapes that have this in their name: all by default
 #include <algorithm>
@@ -14,12 +13,6 @@
 #include "cpu/maps.h"
 #include "cpu/passes.h"
 #include "problem.h"
-
-namespace batchnorm_ext::cpu {
-
-int64_t stream_bytes() { return int64_t{8} << 20; }  // memory.cpp takes PyTorch
-
-}  // namespace batchnorm_ext::cpu
 
 namespace {
 
@@ -52,12 +45,12 @@ class Test {
         checks_(std::move(checks)),
         of_z_(g_.cells()),
         of_dx_(g_.cells()),
-        y_(g_.numel(), 1),
+        z_(g_.numel(), 1),
         cut_(g_.numel(), 3) {
     set_normalize(of_z_, 0, g_.cells(), p_.mean.data(), p_.invstd.data(), p_.weight.data(), p_.bias.data());
     for (int64_t c = 0; c < g_.cells(); ++c) of_dx_.row(0)[c] = static_cast<A>(p_.mean[c]);
     for (int64_t i = 0; i < g_.numel(); ++i) {
-      y_[i] = static_cast<T>(z(i));
+      z_[i] = static_cast<T>(z(i));
       cut_[i] = z(i) > 0 ? p_.dy[i] : T(0);
     }
   }
@@ -70,7 +63,7 @@ class Test {
       const Buffer<T> dresidual(g_.numel(), 2);
       fill(expected, PlainGrad(), cut_, cut_);
       fill(in_place, kept_by<OfInput<A>>(in_place.dx), p_.dy, in_place.dx);
-      fill(residual, kept_by<OfOutput<A>>(dresidual), p_.dy, dresidual, static_cast<const T*>(y_.data()));
+      fill(residual, kept_by<OfOutput<A>>(dresidual), p_.dy, dresidual, static_cast<const T*>(z_.data()));
       check(in_place, expected);
       check(residual, expected);
       checks_.same("dresidual", dresidual, cut_);
@@ -97,8 +90,8 @@ class Test {
   void fill(const Results<T>& results, const Grad& grad, const Buffer<T>& dy, const Buffer<T>& g, const More*... more) {
     with_pattern<T>(g_, [&](const auto& pattern) {
       const auto finish = [&](int64_t first, int64_t width, const double* dbias, const double* dweight) {
-        std::copy_n(dbias, width, &results.dbias[first]);
-        std::copy_n(dweight, width, &results.dweight[first]);
+        std::copz_n(dbias, width, &results.dbias[first]);
+        std::copz_n(dweight, width, &results.dweight[first]);
         set_normalize_grad(of_dx_, first, width, dbias, dweight, static_cast<double>(g_.count()), p_.mean.data(),
                            p_.invstd.data(), p_.weight.data());
       };
@@ -122,7 +115,7 @@ class Test {
   Checks checks_;
   CoefficientTable<A, 3> of_z_;
   CoefficientTable<A, 4> of_dx_;
-  Buffer<T> y_, cut_;
+  Buffer<T> z_, cut_;
 };
 
 }  // namespace

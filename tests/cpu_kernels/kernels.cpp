@@ -19,12 +19,6 @@
 #include "cpu/passes.h"
 #include "problem.h"
 
-namespace batchnorm_ext::cpu {
-
-int64_t stream_bytes() { return int64_t{8} << 20; }  // memory.cpp takes PyTorch
-
-}  // namespace batchnorm_ext::cpu
-
 namespace {
 
 using namespace batchnorm_ext;

@@ -14,6 +14,8 @@
 
 namespace batchnorm_ext::cpu {
 
+inline int64_t stream_bytes() { return int64_t{8} << 20; }  // memory.cpp takes PyTorch
+
 enum class Data { kNormal, kShifted, kStep, kConstant, kHuge, kTiny };
 constexpr const char* kDataNames[] = {"normal", "shifted", "step", "constant", "huge", "tiny"};
 

@@ -30,8 +30,8 @@ from programs import (
 HERE = Path(__file__).resolve().parent
 ELEMENTS = {"f32": "float", "f64": "double", "f16": "c10::Half", "bf16": "c10::BFloat16"}
 
-# Which data each mode gets: strays and races do not depend on the numbers, but for sums of tiny
-# ones, which are taken twice.
+# Which data each program gets in each mode, "" for all: strays and races do not depend on the
+# numbers, but for sums of tiny ones, which are taken twice.
 DATA = {
     ("kernels", "address"): ["normal", "tiny"],
     ("kernels", "thread"): ["normal"],
@@ -47,6 +47,7 @@ BUILDS = [
     *(("kernels", "plain", dtype) for dtype in ELEMENTS),
     ("activated", "address", "bf16"),
     ("activated", "address", "f32"),
+    ("activated", "plain", "bf16"),
 ]
 
 MUTANT_DTYPE = "bf16"  # whose vectors are widened to two
@@ -245,8 +246,8 @@ ACTIVATED_EDITS = [
     (
         "gradients are kept one element further on",
         "maps.h",
-        "part.store(kept.at + (at - dy), g, kept.streams);",
-        "part.store(kept.at + (at - dy) + 1, g, kept.streams);",
+        "part.store(kept.to + (from - first_dy), g, kept.streams);",
+        "part.store(kept.to + (from - first_dy) + 1, g, kept.streams);",
         MEMORY,
     ),
 ]
