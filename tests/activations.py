@@ -104,7 +104,7 @@ def make_problem(size, layout, dtype, has_residual: bool, device="cpu") -> Probl
             return values.to(torch.promote_types(dtype, torch.float32)).to(device)
         return LAYOUTS[layout](values.to(dtype).to(device))
 
-    per_channel = partial(tensor, C, as_parameter=True)
+    per_channel = partial(tensor, size[1], as_parameter=True)
     return Problem(
         x=tensor(*size).requires_grad_(),
         weight=per_channel().requires_grad_(),

@@ -72,7 +72,7 @@ def test_forward_and_gradients(size, layout, dtype, activation, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_outputs_that_the_caches_do_not_hold(layout):
     """36 MB each. In channels_last, the sums already write the residual's gradient past them."""
-    check(make_problem((8, C, 264, 264), layout, torch.float64, True), "batch, training", "silu")
+    check(make_problem((8, 16, 264, 264), layout, torch.float32, True), "batch, training", "silu")
 
 
 @every_activation
@@ -241,7 +241,7 @@ def test_frozen_leaves_get_no_gradient(activation, device):
             (found,) = torch.autograd.grad(fused(p, norm, activation), leaf, p.dy)
             for other in others:
                 other.requires_grad_()
-            # in evaluation, without sums, weight * invstd is rounded as one
+            # on CUDA in evaluation, without sums, weight * invstd is rounded as one
             exact = wanted[f"gradient of {name}"]
             torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 

@@ -1,8 +1,7 @@
 // What the maps of the norms do to an element, and the coefficients of each cell that they need.
 #pragma once
 
-#include <c10/util/Exception.h>
-
+#include <cassert>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -99,7 +98,7 @@ struct ActivatedGrad {
     if constexpr (requires { part.store(kept.to, g, kept.streams); }) {
       if (kept.to != nullptr) part.store(kept.to + (from - first_dy), g, kept.streams);
     } else {
-      TORCH_INTERNAL_ASSERT_DEBUG_ONLY(kept.to == nullptr);
+      assert(kept.to == nullptr);
     }
   }
   template <int V>

@@ -90,8 +90,8 @@ class Test {
   void fill(const Results<T>& results, const Grad& grad, const Buffer<T>& dy, const Buffer<T>& g, const More*... more) {
     with_pattern<T>(g_, [&](const auto& pattern) {
       const auto finish = [&](int64_t first, int64_t width, const double* dbias, const double* dweight) {
-        std::copz_n(dbias, width, &results.dbias[first]);
-        std::copz_n(dweight, width, &results.dweight[first]);
+        std::copy_n(dbias, width, &results.dbias[first]);
+        std::copy_n(dweight, width, &results.dweight[first]);
         set_normalize_grad(of_dx_, first, width, dbias, dweight, static_cast<double>(g_.count()), p_.mean.data(),
                            p_.invstd.data(), p_.weight.data());
       };
