@@ -126,11 +126,8 @@ def count_jobs() -> int:
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    linux = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
-
-JOBS = count_jobs()
 
 # One build of the CPU kernels per instruction set; at run time the one that torch itself would
 # choose is loaded, or the last where there are instructions for bfloat16.
@@ -266,20 +263,20 @@ class Build(BuildExtension):
     def build_extensions(self):
         """The many files of CUDA kernels, then the other modules side by side: of most, one file
         takes twice as long as all others together."""
-        modules, jobs = self.extensions, self.parallel or JOBS
+        modules, jobs = self.extensions, self.parallel or count_jobs()
         cuda = [module for module in modules if module.name == f"{PACKAGE}._cuda"]
         others = [module for module in modules if module not in cuda]
         for some, together in ((cuda, 1), (others, min(jobs, len(others)))):
             if self.use_ninja:  # without it, torch keeps the compiler of a file in what they share
                 self.parallel = together
-                os.environ["MAX_JOBS"] = str(jobs // max(1, together))
+                os.environ["MAX_JOBS"] = str(jobs // together)
             self.extensions = some
             if some:
                 super().build_extensions()
         self.extensions = modules
 
     def build_extension(self, ext):
-        """On a copy, of which each thread changes its own. The same sources are compiled for
+        """On a copy of its own, since threads build modules. The same sources are compiled for
         several modules: each has its objects for itself."""
         own = copy.copy(self)
         own.build_temp = os.path.join(self.build_temp, ext.name)

@@ -1,6 +1,5 @@
-// Activations of vectors. The common ones are inlined: they take a third less time than by a call, which empties the
-// registers. Each multiplies the size and the compile time of every loop, so the others are called, once for each
-// block.
+// Activations of vectors. The common ones are inlined, since a call empties the registers. Each multiplies the size and
+// the compile time of every loop, so the others are called, once for each block.
 #pragma once
 
 #include <cmath>
